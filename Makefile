@@ -1,0 +1,12 @@
+# make train: set up, then train the demo on two Horovod workers.   make test: set up, then lint, types and tests.
+.PHONY: setup train test
+SHELL := bash
+
+setup:
+	@launch/setup.sh
+
+train: setup
+	@. .venv/bin/activate && horovodrun -np 2 python -m infomcr_dist.train $(ARGS)
+
+test: setup
+	@. .venv/bin/activate && ruff check && ruff format --check && mypy && python -m pytest $(ARGS)

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Builds the Horovod wheel for the torch of the Python given, once, and prints its path.
+#
+#   usage: launch/build_horovod.sh PYTHON        (an interpreter with torch, numpy, setuptools < 80, wheel and cmake)
+#
+# Horovod 0.28.1, its last release, compiles its own sources and torch's headers as C++14; torch has needed C++17 since
+# 2.1 and C++20 now. The fix below raises the standard in the two places that set it, and nothing else.
+# The wheel is kept under ${XDG_CACHE_HOME:-~/.cache}/infomcr_dist, by everything that goes into it: the sdist's hash,
+# this script's fix, torch's version, Python's version, the platform and the build options.
+set -euo pipefail
+
+version=0.28.1
+sdist_sha256=92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0
+fix='s/set(CMAKE_CXX_STANDARD 14)/set(CMAKE_CXX_STANDARD 20)/'
+
+python=${1:?usage: launch/build_horovod.sh PYTHON}
+say() { printf '%s\n' "$*" >&2; }
+fail() { say "build_horovod: $*"; exit 1; }
+
+facts=$("$python" -c '
+import sys, sysconfig, torch
+cuda = torch.version.cuda or "none"
+print(torch.__version__, "py%d.%d" % sys.version_info[:2], sysconfig.get_platform(), "cuda-" + cuda)
+') || fail "torch cannot be imported by $python: install the versions in constraints.txt first"
+
+options=(HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1)
+if [[ $facts == *cuda-none ]]; then
+    options+=(HOROVOD_CPU_OPERATIONS=GLOO)
+else
+    command -v nvcc >/dev/null || fail "torch is a CUDA build but nvcc is not found: install the CUDA toolkit of that version and NCCL's headers (libnccl-dev), or a CPU build of torch"
+    options+=(HOROVOD_CPU_OPERATIONS=GLOO HOROVOD_GPU_OPERATIONS=NCCL)
+fi
+
+key=$(printf '%s\n' "$sdist_sha256" "$fix" "$facts" "${options[*]}" | sha256sum | cut -c1-16)
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/infomcr_dist/horovod-$version-$key
+shopt -s nullglob
+wheels=("$cache"/horovod-*.whl)
+if ((${#wheels[@]})); then
+    say "Horovod $version for $facts: the wheel built before is used"
+    printf '%s\n' "${wheels[0]}"
+    exit 0
+fi
+
+command -v "${CXX:-g++}" >/dev/null || fail "no C++ compiler: install one (Debian, Ubuntu: apt-get install g++)"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+say "Horovod $version for $facts: building the wheel, once, 3 to 5 minutes on two cores …"
+export PATH="$(dirname "$python"):$PATH"
+
+"$python" -m pip download --quiet --no-deps --no-build-isolation --no-binary horovod --dest "$work" "horovod==$version" >"$work/log" 2>&1 \
+    || { tail -n 20 "$work/log" >&2; fail "the source of horovod $version could not be downloaded: is the package index reachable?"; }
+sdist=$work/horovod-$version.tar.gz
+echo "$sdist_sha256  $sdist" | sha256sum --check --quiet >&2 || fail "the source of horovod $version is not the one expected (SHA-256 $sdist_sha256)"
+tar -xzf "$sdist" -C "$work"
+source=$work/horovod-$version
+sed -i "$fix" "$source/CMakeLists.txt" "$source/horovod/torch/CMakeLists.txt"
+[[ $(grep -l 'CMAKE_CXX_STANDARD 20' "$source/CMakeLists.txt" "$source/horovod/torch/CMakeLists.txt" | wc -l) == 2 ]] \
+    || fail "the C++ standard stands elsewhere than expected in Horovod's CMake files"
+
+(cd "$source" && env "${options[@]}" MAKEFLAGS="-j$(nproc)" "$python" -m pip wheel --no-deps --no-build-isolation --wheel-dir "$work/wheel" .) >"$work/log" 2>&1 \
+    || { tail -n 40 "$work/log" >&2; fail "the compilation failed (its last lines are above): a C++20 compiler (g++ 10 or later) and the headers of $python (Debian, Ubuntu: apt-get install g++ python3-dev) are needed"; }
+
+# Complete or absent: the wheel gets its directory's final name only when it is whole.
+mkdir -p "$(dirname "$cache")"
+staged=$(mktemp -d "$cache.XXXXXX")
+cp "$work"/wheel/horovod-*.whl "$staged/"
+mv -T "$staged" "$cache" 2>/dev/null || rm -rf "$staged"    # another build may have finished first
+wheels=("$cache"/horovod-*.whl)
+printf '%s\n' "${wheels[0]}"
