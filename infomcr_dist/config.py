@@ -1,0 +1,364 @@
+"""The configuration of a run: one tree of frozen dataclasses, filled from a YAML recipe, then from ``key=value``.
+
+Every field is documented where it is declared; what can be checked without data is checked on construction, and raises
+ValueError naming the setting, its value and what would be right.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+Settings = TypeVar("Settings")
+
+
+def _require(condition: bool, setting: str, rule: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"{setting} must be {rule}, got {value}")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is read, and how a global batch is made of it."""
+
+    path: str = "fashion-mnist"
+    """Directory that ``pipelines.prepare`` made; ``fashion-mnist`` is ./data/fashion-mnist, prepared on first use."""
+    backend: str = "dali"
+    """What decodes and augments (see pipelines)."""
+    augmentation: str = "crop4_flip"
+    """none, flip, crop1_flip, crop4_flip or random_resized_crop; evaluation and the metric see none."""
+    image_size: int | None = None
+    """Side of the square images the model gets, pixels; null: the side they are stored at."""
+    batch_size: int | None = None
+    """Images a worker a step; null where global_batch_size is given."""
+    global_batch_size: int | None = None
+    """Images a step over all workers, split evenly; null where batch_size is given."""
+    remainder: Literal["keep", "drop"] = "keep"
+    """An epoch's last, smaller global batch: keep it, or drop it."""
+    threads: int = 1
+    """Decoding threads a worker."""
+    prefetch: int = 2
+    """Batches decoded ahead."""
+
+    def __post_init__(self) -> None:
+        given = (self.batch_size is not None) + (self.global_batch_size is not None)
+        if given != 1:
+            raise ValueError(
+                "data: give one of batch_size (images a worker) and global_batch_size (images over all workers), "
+                f"got batch_size={self.batch_size} and global_batch_size={self.global_batch_size}"
+            )
+        for name in ("batch_size", "global_batch_size", "image_size", "threads", "prefetch"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"data.{name}", "at least 1", value)
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Stochastic gradient descent with momentum."""
+
+    learning_rate: float = 0.1
+    """Peak rate at a global batch of reference_batch_size images."""
+    reference_batch_size: int | None = None
+    """Scale the rate linearly with the global batch from here (Goyal et al. 2017); null: take it as it is."""
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 1e-4
+    """Of the outer loss only: it never enters a sub-batch gradient."""
+    decay_norm_and_bias: bool = True
+    """Whether weight decay applies to normalization layers and biases as well."""
+    clip_gradient_norm: float | None = None
+    """Largest 2-norm of the averaged, regularized gradient; null: no clipping."""
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "optimizer.learning_rate", "positive", self.learning_rate)
+        _require(0 <= self.momentum < 1, "optimizer.momentum", "in [0, 1)", self.momentum)
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", "at least 0", self.weight_decay)
+        _require(0 <= self.label_smoothing < 1, "optimizer.label_smoothing", "in [0, 1)", self.label_smoothing)
+        for name in ("reference_batch_size", "clip_gradient_norm"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"optimizer.{name}", "positive", value)
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("optimizer.nesterov needs momentum, got optimizer.momentum=0.0: set nesterov=false")
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """The learning rate over the run."""
+
+    kind: Literal["constant", "milestones", "cosine", "plateau"] = "milestones"
+    warmup_epochs: float = 0.0
+    """Epochs over which the rate first rises linearly to its peak."""
+    milestones: tuple[float, ...] = ()
+    """For milestones: epochs at which the rate is multiplied by factor."""
+    factor: float = 0.1
+    """For milestones and plateau: what a drop multiplies the rate by."""
+    patience: int = 5
+    """For plateau: epochs without a lower training loss before a drop."""
+    threshold: float = 0.01
+    """For plateau: relative decrease of the training loss that counts as lower."""
+
+    def __post_init__(self) -> None:
+        _require(self.warmup_epochs >= 0, "schedule.warmup_epochs", "at least 0", self.warmup_epochs)
+        _require(0 < self.factor < 1, "schedule.factor", "between 0 and 1", self.factor)
+        _require(self.patience >= 1, "schedule.patience", "at least 1", self.patience)
+        _require(0 <= self.threshold < 1, "schedule.threshold", "in [0, 1)", self.threshold)
+        increasing = list(self.milestones) == sorted(set(self.milestones))
+        _require(increasing, "schedule.milestones", "increasing", list(self.milestones))
+        if self.milestones and self.milestones[0] <= self.warmup_epochs:
+            raise ValueError(
+                "schedule.milestones must come after the warm-up, "
+                f"got {list(self.milestones)} and warmup_epochs={self.warmup_epochs}"
+            )
+
+
+@dataclass(frozen=True)
+class RegularizerSettings:
+    """The penalty βR_α on the divergence of sub-batch gradients (Jia & Su 2020, Algorithm 1)."""
+
+    when: Literal["after_drop", "always", "never", "from_epoch"] = "after_drop"
+    """after_drop: from the first drop of the learning rate on (Sec. 7.2.1); from_epoch: from the epoch ``epoch`` on."""
+    epoch: float | None = None
+    ramp_epochs: float = 0.0
+    """Epochs over which β rises linearly from 0 after the switch-on."""
+    alpha: float = 1e-4
+    """Length of the probing step w − αg; part of the strength (the gradient is βαHg)."""
+    beta: float = 10.0
+    """Weight of the penalty."""
+    sub_batches: int | None = None
+    """Sub-batches a worker's batch is split into (M); null where sub_batch_size is given."""
+    sub_batch_size: int | None = None
+    """Images a sub-batch: sets the strength whatever the number of workers (16 in the paper)."""
+    way: Literal["fused", "sampled", "reference"] = "fused"
+    sampled: int | None = None
+    """For the sampled way: how many sub-batches a step are penalised (k)."""
+    derivative: Literal["finite_difference", "exact"] = "finite_difference"
+
+    def __post_init__(self) -> None:
+        if (self.when == "from_epoch") != (self.epoch is not None):
+            raise ValueError(
+                f"regularizer.epoch goes with regularizer.when=from_epoch, got when={self.when} and epoch={self.epoch}"
+            )
+        if self.when != "never" and (self.sub_batches is None) == (self.sub_batch_size is None):
+            raise ValueError(
+                "regularizer: give one of sub_batches and sub_batch_size, "
+                f"got sub_batches={self.sub_batches} and sub_batch_size={self.sub_batch_size}"
+            )
+        if (self.way == "sampled") != (self.sampled is not None):
+            raise ValueError(
+                f"regularizer.sampled goes with regularizer.way=sampled, got way={self.way} and sampled={self.sampled}"
+            )
+        for name in ("sub_batches", "sub_batch_size", "sampled"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"regularizer.{name}", "at least 1", value)
+        _require(self.alpha > 0, "regularizer.alpha", "positive", self.alpha)
+        _require(self.beta >= 0, "regularizer.beta", "at least 0", self.beta)
+        _require(self.ramp_epochs >= 0, "regularizer.ramp_epochs", "at least 0", self.ramp_epochs)
+        _require(self.epoch is None or self.epoch >= 0, "regularizer.epoch", "at least 0", self.epoch)
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Top-1 and top-5 error on the test images and on the un-augmented training images."""
+
+    every_epochs: int = 1
+    """Epochs between evaluations on the test images; 0: at the end only."""
+    train_every_epochs: int = 0
+    """Epochs between evaluations on the training images; 0: at the end only."""
+    batch_size: int = 250
+    """Images a worker evaluates at once."""
+
+    def __post_init__(self) -> None:
+        for name in ("every_epochs", "train_every_epochs"):
+            _require(getattr(self, name) >= 0, f"evaluation.{name}", "at least 0", getattr(self, name))
+        _require(self.batch_size >= 1, "evaluation.batch_size", "at least 1", self.batch_size)
+
+
+@dataclass(frozen=True)
+class MetricSettings:
+    """The metric γ̂ (Jia & Su 2020, Eq. 6), on un-augmented training images."""
+
+    every_epochs: int = 0
+    """Epochs between estimates; 0: at the end only."""
+    trials: int = 100
+    """Trials averaged (T); 0: no metric."""
+    samples: int = 100
+    """Training images a trial (N')."""
+    images: int = 10_000
+    """The trials' images are drawn from the first so many training images of a fixed shuffle."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_epochs >= 0, "metric.every_epochs", "at least 0", self.every_epochs)
+        _require(self.trials >= 0, "metric.trials", "at least 0", self.trials)
+        _require(self.samples >= 2, "metric.samples", "at least 2", self.samples)
+        _require(self.images >= self.samples, "metric.images", "at least metric.samples", self.images)
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    every_epochs: int = 1
+    """Epochs between checkpoints; the last epoch's is always written."""
+    keep: int = 2
+    """Checkpoints kept, newest first."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_epochs >= 1, "checkpoint.every_epochs", "at least 1", self.every_epochs)
+        _require(self.keep >= 1, "checkpoint.keep", "at least 1", self.keep)
+
+
+@dataclass(frozen=True)
+class TelemetrySettings:
+    port: int | None = 9500
+    """Prometheus endpoint of local rank 0; every further local rank takes the next port. null: no endpoint."""
+    address: str = "127.0.0.1"
+    """Address the endpoint binds to; 0.0.0.0 lets other machines scrape it."""
+
+    def __post_init__(self) -> None:
+        valid = self.port is None or 1 <= self.port <= 65535
+        _require(valid, "telemetry.port", "between 1 and 65535, or null", self.port)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    model: str = "resnet20"
+    """A network of infomcr_dist.models, or an import path package.module:function."""
+    epochs: int = 10
+    seed: int = 0
+    """Of the weights, the order of the samples, the augmentation and the metric's trials."""
+    run_dir: str | None = None
+    """Where the run's files go; null: runs/RECIPE-TIME."""
+    resume: str | None = None
+    """A run directory or a checkpoint to go on from; auto: go on from run_dir if it holds a checkpoint."""
+    threads: int | None = None
+    """Threads a worker computes with on the CPU; null: the machine's cores, shared by the workers on it."""
+    data: DataSettings = field(default_factory=lambda: DataSettings(global_batch_size=128))
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    regularizer: RegularizerSettings = field(default_factory=lambda: RegularizerSettings(sub_batch_size=16))
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    metric: MetricSettings = field(default_factory=MetricSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "epochs", "at least 1", self.epochs)
+        _require(self.threads is None or self.threads >= 1, "threads", "at least 1", self.threads)
+        late = [m for m in self.schedule.milestones if m >= self.epochs]
+        if late:
+            raise ValueError(f"schedule.milestones must come before the end, got {late} and epochs={self.epochs}")
+        if self.schedule.warmup_epochs >= self.epochs:
+            raise ValueError(
+                "schedule.warmup_epochs must be less than epochs, "
+                f"got {self.schedule.warmup_epochs} and epochs={self.epochs}"
+            )
+        if self.resume == "auto" and self.run_dir is None:
+            raise ValueError("resume=auto looks for checkpoints in run_dir, got run_dir=null: give run_dir=DIRECTORY")
+
+
+def load_config(settings_type: type[Settings], recipe: Path | None, overrides: list[str]) -> Settings:
+    """A tree of frozen dataclasses from a YAML recipe, if any, then ``key=value`` overrides.
+
+    Raises ValueError for a recipe that does not exist or is no YAML mapping, for an unknown key (with the nearest known
+    one), and for a value of the wrong type or out of range.
+    """
+    layers = []
+    if recipe is not None:
+        if not recipe.is_file():
+            raise ValueError(f"recipe {recipe} does not exist: give a YAML file, or none for the demo")
+        try:
+            layers.append(OmegaConf.load(recipe))
+        except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
+            raise ValueError(f"recipe {recipe} is not valid YAML: {_one_line(error)}") from error
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"argument {override!r} is not of the form key=value")
+    try:
+        layers.append(OmegaConf.from_dotlist(overrides))
+    except yaml.YAMLError as error:
+        raise ValueError(f"arguments {overrides} are not valid YAML: {_one_line(error)}") from error
+    try:
+        given = OmegaConf.to_container(OmegaConf.merge(*layers))
+    except OmegaConfBaseException as error:
+        raise ValueError(_one_line(error)) from error
+    if not isinstance(given, dict):
+        raise ValueError(f"recipe {recipe} must be a mapping of settings, got {type(given).__name__}")
+    _check_keys(settings_type, given, "")
+    try:
+        # Values the recipe leaves out are the dataclasses' defaults, but alternatives ("give one of") must not be
+        # filled from a default when the user gave the other: sections are built from what was given alone.
+        return _build(settings_type, given, "")
+    except OmegaConfBaseException as error:
+        raise ValueError(_one_line(error)) from error
+
+
+def to_yaml(config: Any) -> str:
+    """The configuration as YAML that `load_config` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain, nested dictionaries."""
+    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+
+
+def _build(settings_type: type[Settings], given: dict[str, Any], prefix: str) -> Settings:
+    values: dict[str, Any] = {}
+    hints = _hints(settings_type)
+    for name, value in given.items():
+        section = hints[name]
+        if is_dataclass(section):
+            if not isinstance(value, dict):
+                raise ValueError(f"{prefix}{name} must be a section of settings, got {value!r}")
+            values[name] = _build(section, value, f"{prefix}{name}.")  # type: ignore[arg-type]
+        else:
+            values[name] = _convert(section, value, f"{prefix}{name}")
+    return settings_type(**values)
+
+
+def _convert(hint: Any, value: Any, setting: str) -> Any:
+    """The value as the field's type, by OmegaConf's rules ('8' is an int, 0.5 is not)."""
+    holder = make_dataclass("Holder", [("value", hint)])
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(holder), {"value": value})
+        return OmegaConf.to_object(merged).value  # type: ignore[union-attr]
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{setting} must be {_name(hint)}, got {value!r}") from error
+
+
+def _check_keys(settings_type: Any, given: dict[str, Any], prefix: str) -> None:
+    hints = _hints(settings_type)
+    for key, value in given.items():
+        if key not in hints:
+            nearest = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown setting {prefix}{key}: the nearest known one is {prefix}{nearest}")
+        if is_dataclass(hints[key]) and isinstance(value, dict):
+            _check_keys(hints[key], value, f"{prefix}{key}.")
+
+
+def _hints(settings_type: Any) -> dict[str, Any]:
+    hints = get_type_hints(settings_type)
+    return {f.name: hints[f.name] for f in fields(settings_type)}
+
+
+def _name(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    if hint in plain:
+        return plain[hint]
+    inner = [a for a in get_args(hint) if a is not type(None)]
+    if inner and type(None) in get_args(hint):
+        return f"{_name(inner[0])} or null"
+    return "a list of numbers"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

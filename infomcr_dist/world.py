@@ -1,0 +1,146 @@
+"""The workers of a run: who this process is, and the few things it does together with the others.
+
+``connect()`` gives `Horovod` under ``horovodrun`` (or ``mpirun``) and `Solo` otherwise. This is the only file
+that imports horovod, so a single process needs none.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_LAUNCHED_BY = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK")
+
+
+class StartError(Exception):
+    """A user's mistake, already agreed on by every worker; the message is one line."""
+
+
+class Solo:
+    """A world of one process; every collective is the identity."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    lost: tuple[type[Exception], ...] = ()
+    """What a collective raises when another worker is gone."""
+
+    def __init__(self) -> None:
+        self.device = _device(self.local_rank)
+
+    def distribute(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer whose `average_gradients` and `update` act for all workers; weights and buffers of rank 0."""
+        return optimizer
+
+    def average_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Wait until every ``p.grad`` is the mean over the workers."""
+
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Update the weights from averaged gradients."""
+        optimizer.step()
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every worker."""
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every worker's value, by rank."""
+        return [value]
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over the workers, in float64, added up in the order of ranks."""
+        return [float(sum(column)) for column in zip(*self.gather(list(values)), strict=True)]
+
+    def average_buffers(self, model: nn.Module) -> None:
+        """Replace floating-point buffers (BatchNorm's running statistics) by their mean over the workers."""
+
+    def barrier(self) -> None:
+        """Wait for every worker."""
+
+    def close(self) -> None:
+        """Leave the world."""
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block that a user's mistake may end (`ValueError`, `OSError`) on all workers or on none.
+
+        Every worker must enter it, and the block must hold no collective. Raises `StartError` everywhere, with the
+        message of the lowest failing rank, if the block failed anywhere.
+        """
+        failure: str | None = None
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            failure = str(error)
+        failures = self.gather(failure)
+        first = next((message for message in failures if message is not None), None)
+        if first is not None:
+            raise StartError(first)
+
+
+class Horovod(Solo):
+    """The workers of a Horovod job; one process each, one GPU each where there are any."""
+
+    def __init__(self) -> None:
+        import horovod.torch as hvd
+        from horovod.common.exceptions import HorovodInternalError
+
+        hvd.init()
+        self._hvd = hvd
+        self.rank, self.size = hvd.rank(), hvd.size()
+        self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
+        self.lost = (HorovodInternalError,)
+        super().__init__()
+
+    def distribute(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+        self._hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+        wrapped: torch.optim.Optimizer = self._hvd.DistributedOptimizer(
+            optimizer, named_parameters=model.named_parameters()
+        )
+        return wrapped
+
+    def average_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.synchronize()  # type: ignore[attr-defined]
+
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        with optimizer.skip_synchronize():  # type: ignore[attr-defined]
+            optimizer.step()
+
+    def broadcast(self, value: Any) -> Any:
+        return self._hvd.broadcast_object(value, root_rank=0)
+
+    def gather(self, value: Any) -> list[Any]:
+        values: list[Any] = self._hvd.allgather_object(value)
+        return values
+
+    def average_buffers(self, model: nn.Module) -> None:
+        buffers = {name: b for name, b in model.named_buffers() if b.is_floating_point()}
+        if buffers and self.size > 1:
+            means: list[Tensor] = self._hvd.grouped_allreduce(list(buffers.values()), name="buffers")
+            for buffer, mean in zip(buffers.values(), means, strict=True):
+                buffer.copy_(mean)
+
+    def barrier(self) -> None:
+        self._hvd.barrier()
+
+    def close(self) -> None:
+        self._hvd.shutdown()
+
+
+def connect() -> Solo:
+    """`Horovod` if a launcher started this process, else `Solo`; the device is this process's GPU, or the CPU."""
+    return Horovod() if any(name in os.environ for name in _LAUNCHED_BY) else Solo()
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
