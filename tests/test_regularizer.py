@@ -1,0 +1,471 @@
+import itertools
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from infomcr_dist import regularized_backward
+from infomcr_dist.functional import Params, functional_loss, trainable_parameters
+from infomcr_dist.regularizer import sub_batch_penalty
+
+ALPHA, BETA = 1e-4, 10.0
+
+
+def smooth_net(batch_norm: bool = True, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 5, 3, padding=1, bias=not batch_norm),
+        nn.BatchNorm2d(5) if batch_norm else nn.Identity(),
+        nn.SiLU(),
+        nn.Conv2d(5, 6, 3, stride=2),
+        nn.Softplus(),
+        nn.Flatten(),
+        nn.Linear(24, 4),
+    ).double()
+
+
+def batch_of(size: int = 24, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(size, 3, 6, 6, dtype=torch.float64, generator=generator)
+    return images, torch.randint(4, (size,), generator=generator)
+
+
+def split(batch: tuple[Tensor, Tensor], count: int) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(batch[0].chunk(count), batch[1].chunk(count), strict=True))
+
+
+def flat(params: Params) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in params.values()])
+
+
+def grads(model: nn.Module) -> Tensor:
+    return flat({name: parameter.grad for name, parameter in trainable_parameters(model).items()})
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+def double_backward(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Mean of H_i g_i = the gradient of half the mean squared gradient norm."""
+    params = list(trainable_parameters(model).values())
+    total: Any = 0
+    for images, labels in batches:
+        g = torch.autograd.grad(F.cross_entropy(model(images), labels), params, create_graph=True)
+        total = total + sum(t.square().sum() for t in g) / (2 * len(batches))
+    return torch.cat([t.flatten() for t in torch.autograd.grad(total, params)])
+
+
+# The pure function.
+
+
+@pytest.mark.parametrize("derivative", ["finite_difference", "exact"])
+def test_a_quadratic_gives_its_closed_form(derivative: Any) -> None:
+    # L(B, w) = wᵀ A w / 2 with A symmetric: g = A w, h = A (w − αg), so g − h = α A² w for every α.
+    generator = torch.Generator().manual_seed(0)
+    roots = torch.randn(3, 6, 6, dtype=torch.float64, generator=generator)
+    matrices = roots @ roots.mT
+    w = torch.randn(6, dtype=torch.float64, generator=generator)
+    alpha = 0.01
+
+    def loss_fn(params: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return params["w"] @ batch[0] @ params["w"] / 2
+
+    result = sub_batch_penalty(loss_fn, {"w": w}, [(a, torch.zeros(0)) for a in matrices], alpha, derivative)
+    squares = torch.stack([a @ a for a in matrices])
+    torch.testing.assert_close(result.loss_gradient["w"], (matrices @ w).mean(0), rtol=1e-13, atol=0)
+    torch.testing.assert_close(result.penalty_gradient["w"], alpha * (squares @ w).mean(0), rtol=1e-10, atol=0)
+    torch.testing.assert_close(result.loss, torch.stack([w @ a @ w / 2 for a in matrices]).mean(), rtol=1e-13, atol=0)
+    # L(w) − L(w − αg) = α gᵀg − α² gᵀAg / 2; its limit keeps the first term.
+    second = alpha**2 * (w @ torch.stack([a @ a @ a for a in matrices]) @ w) / 2
+    penalty = alpha * (w @ squares @ w) - (second if derivative == "finite_difference" else 0)
+    torch.testing.assert_close(result.penalty, penalty.mean(), rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_the_exact_derivative_is_double_backward(batch_norm: bool) -> None:
+    model, batches = smooth_net(batch_norm), split(batch_of(), 3)
+    result = sub_batch_penalty(functional_loss(model), trainable_parameters(model), batches, ALPHA, "exact")
+    assert relative(flat(result.penalty_gradient), ALPHA * double_backward(model, batches)) < 1e-12
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_the_error_of_the_finite_difference_falls_linearly_in_alpha(batch_norm: bool) -> None:
+    model, batches = smooth_net(batch_norm), split(batch_of(), 3)
+    exact = double_backward(model, batches)
+    params, loss_fn = trainable_parameters(model), functional_loss(model)
+
+    def error(alpha: float) -> float:
+        return relative(flat(sub_batch_penalty(loss_fn, params, batches, alpha).penalty_gradient) / alpha, exact)
+
+    coarse, middle, fine = error(1e-2), error(1e-3), error(1e-4)
+    assert fine < 1e-3
+    assert coarse / middle == pytest.approx(10, rel=0.1)
+    assert middle / fine == pytest.approx(10, rel=0.01)
+
+
+def test_sub_batches_are_normalized_by_their_own_statistics() -> None:
+    model, batch = smooth_net(), batch_of()
+    result = sub_batch_penalty(functional_loss(model), trainable_parameters(model), split(batch, 3), ALPHA)
+    alone = torch.stack([F.cross_entropy(model(images), labels) for images, labels in split(batch, 3)])
+    assert torch.equal(result.loss, alone.mean())
+    assert abs(result.loss - F.cross_entropy(model(batch[0]), batch[1])) > 1e-4
+
+
+def test_the_pure_function_changes_nothing() -> None:
+    model = smooth_net()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    sub_batch_penalty(functional_loss(model), trainable_parameters(model), split(batch_of(), 3), ALPHA)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# One call in place of backward: each way against an expectation written out with plain autograd.
+
+
+def plain_pair(model: nn.Module, batch: tuple[Tensor, Tensor], alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """L(B), g, L(B) − L(B, w − αg), g − h by moving the weights of a copy."""
+    params = trainable_parameters(model)
+    loss = F.cross_entropy(model(batch[0]), batch[1])
+    g = torch.autograd.grad(loss, list(params.values()))
+    before = [parameter.detach().clone() for parameter in params.values()]
+    with torch.no_grad():
+        for parameter, direction in zip(params.values(), g, strict=True):
+            parameter -= alpha * direction
+    other = F.cross_entropy(model(batch[0]), batch[1])
+    h = torch.autograd.grad(other, list(params.values()))
+    with torch.no_grad():
+        for parameter, value in zip(params.values(), before, strict=True):
+            parameter.copy_(value)
+    g_flat, h_flat = (torch.cat([t.flatten() for t in tensors]) for tensors in (g, h))
+    return loss.detach(), g_flat, (loss - other).detach(), g_flat - h_flat
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("derivative", ["finite_difference", "exact"])
+@pytest.mark.parametrize("way", ["fused", "reference"])
+def test_fused_and_reference(way: Any, derivative: Any, batch_norm: bool) -> None:
+    batch = batch_of()
+    oracle = smooth_net(batch_norm)
+    pairs = [plain_pair(oracle, piece, ALPHA) for piece in split(batch, 3)]
+    loss, g, penalty, difference = (torch.stack(terms).mean(0) for terms in zip(*pairs, strict=True))
+    if way == "reference":
+        loss = F.cross_entropy(oracle(batch[0]), batch[1])
+        g = torch.cat([t.flatten() for t in torch.autograd.grad(loss, list(oracle.parameters()))])
+    if derivative == "exact":
+        difference = ALPHA * double_backward(oracle, split(batch, 3))
+
+    model = smooth_net(batch_norm)
+    losses = regularized_backward(
+        model, F.cross_entropy, *batch, alpha=ALPHA, beta=BETA, sub_batches=3, way=way, derivative=derivative
+    )
+    assert relative(grads(model) - g, BETA * difference) < 1e-9
+    torch.testing.assert_close(losses.loss, loss, rtol=1e-13, atol=0)
+    torch.testing.assert_close(losses.penalty, penalty, rtol=1e-2 if derivative == "exact" else 1e-9, atol=0)
+    assert not losses.loss.requires_grad
+    assert not losses.penalty.requires_grad
+
+
+@pytest.mark.parametrize("derivative", ["finite_difference", "exact"])
+def test_sampled_penalizes_some_sub_batches_and_takes_the_others_plain(derivative: Any, monkeypatch: Any) -> None:
+    batch, oracle = batch_of(), smooth_net()
+    pieces = split(batch, 4)
+    chosen, rest = [pieces[3], pieces[1]], tuple(torch.cat(t) for t in zip(pieces[0], pieces[2], strict=True))
+    pairs = [plain_pair(oracle, piece, ALPHA) for piece in chosen]
+    difference = torch.stack([pair[3] for pair in pairs]).mean(0)
+    if derivative == "exact":
+        difference = ALPHA * double_backward(oracle, chosen)
+    rest_loss, rest_gradient, *_ = plain_pair(oracle, rest, ALPHA)
+    expected = (pairs[0][1] + pairs[1][1]) / 4 + rest_gradient / 2
+
+    model = smooth_net()
+    monkeypatch.setattr(torch, "randperm", lambda count: torch.tensor([3, 1, 2, 0]))
+    losses = regularized_backward(
+        model,
+        F.cross_entropy,
+        *batch,
+        alpha=ALPHA,
+        beta=BETA,
+        sub_batches=4,
+        way="sampled",
+        sampled=2,
+        derivative=derivative,
+    )
+    assert relative(grads(model) - expected, BETA * difference) < 1e-9
+    torch.testing.assert_close(losses.loss, (pairs[0][0] + pairs[1][0]) / 4 + rest_loss / 2, rtol=1e-13, atol=0)
+
+
+def test_sampled_is_unbiased_over_all_choices(monkeypatch: Any) -> None:
+    batch = batch_of()
+    common: dict[str, Any] = {"alpha": ALPHA, "beta": BETA, "sub_batches": 4}
+    full = smooth_net(batch_norm=False)
+    expected = regularized_backward(full, F.cross_entropy, *batch, **common)
+    gradients, losses = [], []
+    for order in itertools.permutations(range(4)):
+        if order[0] > order[1] or order[2] > order[3]:
+            continue
+        monkeypatch.setattr(torch, "randperm", lambda count, order=order: torch.tensor(order))
+        model = smooth_net(batch_norm=False)
+        losses.append(regularized_backward(model, F.cross_entropy, *batch, **common, way="sampled", sampled=2))
+        gradients.append(grads(model))
+    assert len(gradients) == 6
+    assert relative(torch.stack(gradients).mean(0), grads(full)) < 1e-13
+    assert max(relative(g, grads(full)) for g in gradients) > 1e-4
+    for field in ("loss", "penalty"):
+        mean = torch.stack([getattr(one, field) for one in losses]).mean()
+        torch.testing.assert_close(mean, getattr(expected, field), rtol=1e-10, atol=0)
+
+
+def test_sampling_draws_afresh_from_the_seeded_generator() -> None:
+    batch, model = batch_of(), smooth_net()
+
+    def draw() -> Tensor:
+        model.zero_grad()
+        regularized_backward(
+            model, F.cross_entropy, *batch, alpha=ALPHA, beta=1e4, sub_batches=4, way="sampled", sampled=1
+        )
+        return grads(model)
+
+    torch.manual_seed(3)
+    first = [draw() for _ in range(8)]
+    torch.manual_seed(3)
+    assert all(torch.equal(draw(), gradient) for gradient in first)
+    assert len({float(gradient.sum()) for gradient in first}) == 4
+
+
+def test_sampling_all_sub_batches_is_fused(monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch, "randperm", torch.arange)
+    batch, one, other = batch_of(), smooth_net(), smooth_net()
+    common: dict[str, Any] = {"alpha": ALPHA, "beta": BETA, "sub_batches": 4}
+    regularized_backward(one, F.cross_entropy, *batch, **common)
+    regularized_backward(other, F.cross_entropy, *batch, **common, way="sampled", sampled=4)
+    assert torch.equal(grads(one), grads(other))
+
+
+def test_without_penalty_the_reference_way_gives_the_plain_gradient_bit_for_bit() -> None:
+    (images, labels), one, other = batch_of(), smooth_net().float(), smooth_net().float()
+    F.cross_entropy(one(images.float()), labels).backward()
+    regularized_backward(
+        other, F.cross_entropy, images.float(), labels, alpha=ALPHA, beta=0.0, sub_batches=4, way="reference"
+    )
+    assert torch.equal(grads(one), grads(other))
+    assert all(torch.equal(one.state_dict()[name], tensor) for name, tensor in other.state_dict().items())
+
+
+@pytest.mark.parametrize(("way", "sampled"), [("fused", None), ("sampled", 1)])
+def test_without_penalty_and_batch_norm_the_gradient_is_the_plain_one(way: Any, sampled: int | None) -> None:
+    batch, one, other = batch_of(), smooth_net(batch_norm=False), smooth_net(batch_norm=False)
+    F.cross_entropy(one(batch[0]), batch[1]).backward()
+    regularized_backward(other, F.cross_entropy, *batch, alpha=ALPHA, beta=0.0, sub_batches=4, way=way, sampled=sampled)
+    assert relative(grads(other), grads(one)) < 1e-13
+
+
+# What must hold around the call.
+
+WAYS: list[dict[str, Any]] = [
+    {"way": way, "derivative": derivative} | ({"sampled": 2} if way == "sampled" else {})
+    for way in ("fused", "sampled", "reference")
+    for derivative in ("finite_difference", "exact")
+]
+EVERY_WAY = pytest.mark.parametrize("how", WAYS, ids=lambda how: f"{how['way']}-{how['derivative']}")
+
+
+def run(model: nn.Module, batch: tuple[Tensor, Tensor], how: dict[str, Any], **settings: Any) -> Any:
+    settings = {"alpha": ALPHA, "beta": BETA, "sub_batches": 4} | settings
+    torch.manual_seed(5)
+    return regularized_backward(model, F.cross_entropy, *batch, **settings, **how)
+
+
+@EVERY_WAY
+def test_every_hook_fires_once_when_the_gradient_is_final(how: dict[str, Any]) -> None:
+    model, fired, seen = smooth_net(), Counter[str](), {}
+
+    def record(name: str) -> Any:
+        def hook(parameter: Tensor) -> None:
+            fired[name] += 1
+            assert parameter.grad is not None
+            seen[name] = parameter.grad.clone()
+
+        return hook
+
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(record(name))
+    run(model, batch_of(), how)
+    assert fired == {name: 1 for name, _ in model.named_parameters()}
+    assert all(torch.equal(seen[name], parameter.grad) for name, parameter in model.named_parameters())
+
+
+@EVERY_WAY
+def test_weights_keep_their_bits_and_their_storage(how: dict[str, Any]) -> None:
+    model = smooth_net().float()
+    before = [(p.data_ptr(), p._version, p.detach().clone()) for p in model.parameters()]
+    run(model, (batch_of()[0].float(), batch_of()[1]), how)
+    for parameter, (address, version, value) in zip(model.parameters(), before, strict=True):
+        assert (parameter.data_ptr(), parameter._version) == (address, version)
+        assert torch.equal(parameter, value)
+
+
+@EVERY_WAY
+def test_gradients_accumulate_and_scale(how: dict[str, Any]) -> None:
+    batch, once, twice = batch_of(), smooth_net(), smooth_net()
+    run(once, batch, how)
+    first = run(twice, batch, how, weight=0.25)
+    second = run(twice, batch, how, weight=0.75)
+    assert relative(grads(twice), grads(once)) < 1e-12
+    torch.testing.assert_close(first.loss, second.loss, rtol=1e-13, atol=0)
+
+
+@EVERY_WAY
+def test_running_statistics_move_as_in_a_plain_step(how: dict[str, Any]) -> None:
+    # With sub-batches that are copies of each other, sub-batch means and the batch mean agree.
+    images, labels = batch_of(6)
+    batch = images.repeat(4, 1, 1, 1), labels.repeat(4)
+    plain, model = smooth_net(), smooth_net()
+    run(model, batch, how)
+    for layer in plain.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 0.1
+    plain(batch[0])
+    got, expected = model[1], plain[1]
+    assert got.momentum == 0.1
+    assert got.num_batches_tracked == 1
+    torch.testing.assert_close(got.running_mean, expected.running_mean, rtol=1e-12, atol=0)
+    # The unbiased variance of 6 images differs from that of 24 by the factor n / (n - 1).
+    torch.testing.assert_close(got.running_var, expected.running_var, rtol=0.02, atol=0)
+
+
+@EVERY_WAY
+def test_dropout_uses_one_mask_in_both_passes(how: dict[str, Any]) -> None:
+    # Linear in the mask: with the same mask the penalty is α‖g‖² to first order, positive and small.
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(108, 4)).double()
+    penalties = torch.stack([run(model, batch_of(seed=seed), how).penalty for seed in range(5)])
+    assert (penalties > 0).all()
+    assert (penalties < 0.01).all()
+
+
+def test_dropout_draws_new_masks_for_new_sub_batches() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(108, 4)).double()
+    masks: list[Tensor] = []
+    model[1].register_forward_hook(lambda module, args, output: masks.append(output.detach() != 0))
+    batch = torch.ones(8, 3, 6, 6, dtype=torch.float64), torch.arange(8) % 4
+    run(model, batch, {"way": "fused"})
+    pairs = list(zip(masks[::2], masks[1::2], strict=True))
+    assert len(pairs) == 4
+    assert all(torch.equal(first, second) for first, second in pairs)
+    assert not any(torch.equal(one[0], other[0]) for one, other in itertools.combinations(pairs, 2))
+
+
+@EVERY_WAY
+def test_an_exception_leaves_no_trace(how: dict[str, Any]) -> None:
+    model, calls = smooth_net(), Counter[str]()
+    run(model, batch_of(), how)
+    state = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    before = grads(model)
+
+    def criterion(logits: Tensor, labels: Tensor) -> Tensor:
+        calls["criterion"] += 1
+        if calls["criterion"] == 3:
+            raise RuntimeError("no more memory")
+        return F.cross_entropy(logits, labels)
+
+    precision = torch.backends.cudnn.conv.fp32_precision
+    with pytest.raises(RuntimeError, match="no more memory"):
+        regularized_backward(model, criterion, *batch_of(), alpha=ALPHA, beta=BETA, sub_batches=4, **how)
+    assert torch.equal(grads(model), before)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.named_parameters())
+    assert model[1].momentum == 0.1
+    assert torch.backends.cudnn.conv.fp32_precision == precision
+
+
+@EVERY_WAY
+def test_frozen_unused_and_shared_parameters(how: dict[str, Any]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.unused = nn.Linear(108, 108), nn.Linear(108, 108), nn.Linear(3, 3)
+            self.second.weight = self.first.weight
+            self.first.bias.requires_grad_(False)
+            self.head = nn.Linear(108, 4)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.head(F.silu(self.second(F.silu(self.first(images.flatten(1))))))
+
+    torch.manual_seed(0)
+    model = Net().double()
+    run(model, batch_of(), how)
+    assert model.first.bias.grad is None
+    assert model.unused.weight.grad is None
+    used = {n: p for n, p in trainable_parameters(model).items() if not n.startswith("unused")}
+    got = flat({name: p.grad for name, p in used.items()})
+    if how["way"] != "sampled":
+        loss_fn, batch = functional_loss(model), batch_of()
+        pure = sub_batch_penalty(loss_fn, used, split(batch, 4), ALPHA, how["derivative"])
+        assert relative(got, flat(pure.loss_gradient) + BETA * flat(pure.penalty_gradient)) < 1e-12
+
+
+def test_layouts_with_equal_sub_batch_size_give_equal_gradients() -> None:
+    batch = batch_of(32)
+    one = smooth_net()
+    regularized_backward(one, F.cross_entropy, *batch, alpha=ALPHA, beta=BETA, sub_batch_size=4)
+    workers = []
+    for part in split(batch, 4):
+        worker = smooth_net()
+        regularized_backward(worker, F.cross_entropy, *part, alpha=ALPHA, beta=BETA, sub_batch_size=4)
+        workers.append(grads(worker))
+    assert relative(torch.stack(workers).mean(0), grads(one)) < 1e-13
+
+
+def test_the_penalty_follows_the_size_of_a_sub_batch() -> None:
+    # E‖g_i‖² = ‖g‖² + tr(Σ) / |B_i| over all sub-batches drawn with replacement: here by their closed form on pairs.
+    model, (images, labels) = smooth_net(batch_norm=False), batch_of(6)
+    loss_fn, params = functional_loss(model), trainable_parameters(model)
+
+    def penalty(batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+        return sub_batch_penalty(loss_fn, params, batches, 1.0, "exact").penalty
+
+    singles = penalty([(images[i : i + 1], labels[i : i + 1]) for i in range(6)])
+    pairs = penalty([(images[[i, j]], labels[[i, j]]) for i in range(6) for j in range(6)])
+    whole = penalty([(images, labels)])
+    torch.testing.assert_close(pairs, whole + (singles - whole) / 2, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sub_batches": 7}, "sub_batches must divide the local batch, got 7 and 24"),
+        ({"sub_batches": 0}, "sub_batches must divide the local batch, got 0 and 24"),
+        ({"sub_batches": None, "sub_batch_size": 16}, "sub_batch_size must divide the local batch, got 16 and 24"),
+        ({"sub_batch_size": 6}, "give either sub_batches or sub_batch_size, got 4 and 6"),
+        ({"sub_batches": None}, "give either sub_batches or sub_batch_size, got None and None"),
+        ({"way": "quick"}, "way must be one of fused, sampled, reference, got 'quick'"),
+        ({"way": "sampled"}, "sampled must be from 1 to the number of sub-batches, 4, got None"),
+        ({"way": "sampled", "sampled": 5}, "sampled must be from 1 to the number of sub-batches, 4, got 5"),
+        ({"sampled": 2}, "sampled belongs to way='sampled', got sampled=2 and way='fused'"),
+        ({"alpha": 0.0}, "alpha must be positive, got 0.0"),
+        ({"alpha": float("nan")}, "alpha must be positive, got nan"),
+        ({"derivative": "euler"}, "derivative must be one of finite_difference, exact, got 'euler'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_anything_is_computed(settings: Any, message: str) -> None:
+    model = smooth_net()
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        run(model, batch_of(), {}, **settings)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model[1].num_batches_tracked == 0
+
+
+def test_bad_input_of_the_pure_function() -> None:
+    model = smooth_net()
+    loss_fn, params = functional_loss(model), trainable_parameters(model)
+    with pytest.raises(ValueError, match="sub_batches must hold at least one batch, got none"):
+        sub_batch_penalty(loss_fn, params, [], ALPHA)
+    with pytest.raises(ValueError, match="alpha must be positive, got -1"):
+        sub_batch_penalty(loss_fn, params, split(batch_of(), 2), -1)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="model must have parameters that require a gradient, got none"):
+        run(model, batch_of(), {})
