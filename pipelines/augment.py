@@ -1,0 +1,117 @@
+"""The one definition of every augmentation, as geometry drawn from counter-based random numbers.
+
+An image becomes a sample in these steps, which every backend carries out alike:
+1. take the box (`anchor`, `shape`) of the stored image, 2. resize it to size x size (bilinear), 3. move it by `shift`,
+zeros entering at the border, 4. mirror it left to right, 5. normalize. The numbers depend on (seed, epoch, position)
+alone, so pixels are the same at any world size and after any resume.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int32]
+
+_AUGMENTATION_STREAM = 2
+_DRAWS = 32  # uniform numbers a position owns; a multiple of the 4 words in one Philox block
+_ATTEMPTS = 10  # of random_resized_crop before it falls back to the largest one, as in torchvision
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """flip: mirror half of the images; pad: largest shift in pixels; area, ratio: box of random_resized_crop."""
+
+    flip: bool = False
+    pad: int = 0
+    area: tuple[float, float] | None = None
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+
+AUGMENTATIONS = {
+    "none": Augmentation(),
+    "flip": Augmentation(flip=True),
+    "crop1_flip": Augmentation(flip=True, pad=1),
+    "crop4_flip": Augmentation(flip=True, pad=4),
+    "random_resized_crop": Augmentation(flip=True, area=(0.08, 1.0)),
+}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """anchor, shape: box in the stored image, (B, 2) as y, x; shift: (B, 2) as y, x; mirror: (B,) of 0 and 1."""
+
+    anchor: Ints
+    shape: Ints
+    shift: Ints
+    mirror: Ints
+
+
+def augmentation(name: str) -> Augmentation:
+    """The augmentation of that name; ValueError for another name."""
+    if name not in AUGMENTATIONS:
+        raise ValueError(f"augmentation must be one of {', '.join(AUGMENTATIONS)}, got {name!r}")
+    return AUGMENTATIONS[name]
+
+
+def uniform(seed: int, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(B, 32) numbers in [0, 1), row by row a function of (seed, epoch, position)."""
+    if len(positions) == 0:
+        return np.empty((0, _DRAWS))
+    runs = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
+    words = [
+        np.random.Philox(key=[seed, epoch], counter=[int(run[0]) * _DRAWS // 4, 0, 0, _AUGMENTATION_STREAM]).random_raw(
+            len(run) * _DRAWS
+        )
+        for run in runs
+    ]
+    high = np.concatenate(words).reshape(-1, _DRAWS) >> np.uint64(11)
+    return high.astype(np.float64) * 2.0**-53
+
+
+def draw(
+    augmentation: Augmentation,
+    seed: int,
+    epoch: int,
+    positions: NDArray[np.int64],
+    heights: NDArray[np.int32],
+    widths: NDArray[np.int32],
+) -> Geometry:
+    """Geometry of the samples at `positions` of `epoch`, whose stored images measure heights x widths."""
+    u = uniform(seed, epoch, positions)
+    sides = np.stack([heights, widths], axis=1).astype(np.int32)
+    if augmentation.area:
+        shape = _box_shapes(augmentation.area, augmentation.ratio, sides, u[:, 4:14], u[:, 14:24])
+        anchor = np.floor(u[:, 1:3] * (sides - shape + 1)).astype(np.int32)
+    else:
+        shape, anchor = sides, np.zeros_like(sides)
+    pad = augmentation.pad
+    shift = np.floor(u[:, 1:3] * (2 * pad + 1)).astype(np.int32) - pad
+    mirror = (u[:, 0] < 0.5).astype(np.int32) if augmentation.flip else np.zeros(len(u), np.int32)
+    return Geometry(anchor, shape, shift if pad else np.zeros_like(sides), mirror)
+
+
+def _box_shapes(
+    area: tuple[float, float],
+    ratio: tuple[float, float],
+    sides: Ints,
+    area_draws: NDArray[np.float64],
+    ratio_draws: NDArray[np.float64],
+) -> Ints:
+    """First of ten boxes of random area and log-uniform ratio that fits, else the largest of an allowed ratio."""
+    height, width = sides[:, 0].astype(np.float64), sides[:, 1].astype(np.float64)
+    target = (height * width)[:, None] * (area[0] + (area[1] - area[0]) * area_draws)
+    low, high = np.log(ratio)
+    aspect = np.exp(low + (high - low) * ratio_draws)
+    heights, widths = np.rint(np.sqrt(target / aspect)), np.rint(np.sqrt(target * aspect))
+    fits = (heights > 0) & (widths > 0) & (heights <= height[:, None]) & (widths <= width[:, None])
+    rows, first = np.arange(len(sides)), fits.argmax(axis=1)
+    found = fits[rows, first]
+    fallback_width = np.minimum(width, np.rint(height * ratio[1]))
+    fallback_height = np.minimum(height, np.rint(width / ratio[0]))
+    shape = np.where(
+        found[:, None],
+        np.stack([heights[rows, first], widths[rows, first]], axis=1),
+        np.stack([fallback_height, fallback_width], axis=1),
+    )
+    return np.maximum(shape, 1).astype(np.int32)

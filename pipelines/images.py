@@ -1,0 +1,76 @@
+"""Any image file to RGB pixels, and pixels to the JPEG that is stored."""
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+_MAX_PIXELS = 100_000_000  # beyond it a file is taken for a decompression bomb
+_ORIENTATION = 0x0112
+
+
+def open_image(data: bytes) -> Image.Image:
+    """The decoded image; ValueError says in a few words why it cannot be."""
+    if not data:
+        raise ValueError("zero bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of PIL about odd metadata: the pixels count
+            image = Image.open(io.BytesIO(data))
+            if image.width * image.height > _MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, more than {_MAX_PIXELS}")
+            image.load()
+    except UnidentifiedImageError:
+        raise ValueError("not an image") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"more than {_MAX_PIXELS} pixels") from None
+    except ValueError:
+        raise
+    except Exception as error:  # a decoder fed with damaged bytes may raise nearly anything
+        raise ValueError(f"cannot be decoded: {error}") from None
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Upright RGB of any mode: 16-bit grey scaled to 8 bits, transparency laid on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, np.float64)
+        values = values / 257 if values.max(initial=0) > 255 else values
+        return Image.fromarray(np.rint(np.clip(values, 0, 255)).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def storable(image: Image.Image) -> bool:
+    """Whether the file can be kept as it is: an upright JPEG, RGB or grey."""
+    return image.format == "JPEG" and image.mode in ("RGB", "L") and image.getexif().get(_ORIENTATION, 1) == 1
+
+
+def encode(image: Image.Image, quality: int) -> bytes:
+    """JPEG bytes, grey ones for a grey image."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def square(image: Image.Image, side: int, mode: str, resampling: str) -> Image.Image:
+    """side x side pixels; mode squash resizes both sides, crop the shorter one and keeps the centre."""
+    resample = {"lanczos": Image.Resampling.LANCZOS, "area": Image.Resampling.BOX}[resampling]
+    if image.size == (side, side):
+        return image
+    if mode == "crop":
+        return ImageOps.fit(image, (side, side), resample)
+    return image.resize((side, side), resample)
+
+
+def moments(image: Image.Image) -> list[list[int]]:
+    """For each RGB channel the sum and the sum of squares over the pixels, exact."""
+    counts = image.convert("RGB").histogram()
+    channels = [counts[256 * channel : 256 * (channel + 1)] for channel in range(3)]
+    return [
+        [sum(level**power * count for level, count in enumerate(channel)) for power in (1, 2)] for channel in channels
+    ]

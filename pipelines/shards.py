@@ -1,0 +1,194 @@
+"""A data set of tar shards: where each sample lies, its label and its size in pixels.
+
+A directory made by `pipelines.prepare` holds `manifest.json`, and for each split a folder of tar shards (`KEY.jpg`,
+`KEY.cls`, `KEY.json`), one DALI-compatible `.idx` file a shard, and `index.npy`, the sample index that is read here.
+"""
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+INDEX = "index.npy"
+INDEX_DTYPE = np.dtype(
+    [("offset", "<i8"), ("size", "<i4"), ("shard", "<i4"), ("label", "<i4"), ("height", "<i4"), ("width", "<i4")]
+)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file; bytes: its size, by which a replaced or truncated shard is noticed."""
+
+    path: Path
+    samples: int
+    bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The samples of one split; ids 0 .. len-1 index `index` (structured, INDEX_DTYPE)."""
+
+    name: str
+    shards: tuple[Shard, ...]
+    index: NDArray[Any]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Class of every sample, int64 (len,)."""
+        return self.index["label"].astype(np.int64)
+
+    def subset(self, ids: NDArray[np.int64]) -> "Split":
+        """A split of the samples `ids` alone, in that order; its own ids run from 0 again."""
+        ids = np.asarray(ids)
+        if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
+            raise ValueError(f"ids of a subset must be in 0..{len(self) - 1}, got {ids.min()}..{ids.max()}")
+        return replace(self, index=self.index[ids])
+
+    def where(self, sample: int) -> str:
+        """Shard and place of a sample, for messages."""
+        entry = self.index[sample]
+        return f"{self.shards[entry['shard']].path}, sample {sample} at byte {entry['offset']}"
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """classes: names by label; mean, std: per RGB channel, of pixels in 0..1; fingerprint: of the shards' contents."""
+
+    path: Path
+    classes: list[str]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    fingerprint: str
+    splits: dict[str, Split]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file in a tar: offset and size of its content in bytes."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def members(path: Path) -> Iterator[Member]:
+    """The regular files of an uncompressed tar, in order; ValueError if it is not one or ends too soon."""
+    length = path.stat().st_size
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for entry in archive:
+                if not entry.isreg():
+                    continue
+                if entry.offset_data + entry.size > length:
+                    raise ValueError(f"{path} is truncated: {entry.name} ends beyond the file; copy or make it again")
+                yield Member(entry.name, entry.offset_data, entry.size)
+            end = archive.offset
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{path} is not a readable tar ({error}); shards are uncompressed .tar files") from error
+    with path.open("rb") as file:
+        file.seek(end)
+        if file.read(512) != bytes(512):
+            raise ValueError(f"{path} is truncated: it has no end-of-archive mark; copy or make it again")
+
+
+def open_dataset(path: str | Path) -> Dataset:
+    """The data set at `path`; ValueError, with the remedy, if it is missing, empty, or its parts disagree."""
+    root = Path(path)
+    if not root.is_dir():
+        raise ValueError(f"no data set at {root}; make one with: python -m pipelines.prepare SOURCE {root}")
+    try:
+        manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{root} has no {MANIFEST}; make a data set with: python -m pipelines.prepare SOURCE DEST"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{root / MANIFEST} cannot be read ({error}); prepare the data set again") from None
+    if manifest.get("format") != FORMAT_VERSION:
+        raise ValueError(
+            f"{root / MANIFEST} has format {manifest.get('format')}, known is {FORMAT_VERSION}; prepare it again"
+        )
+    try:
+        splits = {
+            name: _open_split(root, name, entry, len(manifest["classes"])) for name, entry in manifest["splits"].items()
+        }
+        digests = [shard["sha256"] for entry in manifest["splits"].values() for shard in entry["shards"]]
+        mean, std = (_triple(manifest[name]) for name in ("mean", "std"))
+        dataset = Dataset(
+            root, list(manifest["classes"]), mean, std, hashlib.sha256("".join(digests).encode()).hexdigest(), splits
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{root / MANIFEST} is damaged ({error!r}); prepare the data set again") from None
+    if not splits or not all(len(split) for split in splits.values()):
+        raise ValueError(f"{root} has an empty split; prepare the data set again from a source with images")
+    return dataset
+
+
+def _triple(values: list[float]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return float(red), float(green), float(blue)
+
+
+def _open_split(root: Path, name: str, entry: dict[str, Any], classes: int) -> Split:
+    shards = tuple(Shard(root / name / shard["name"], shard["samples"], shard["bytes"]) for shard in entry["shards"])
+    for shard in shards:
+        check_shard(shard, shard.path)
+    path = root / name / INDEX
+    try:
+        index = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); prepare the data set again") from None
+    if index.dtype != INDEX_DTYPE or digest(index) != entry["index_sha256"]:
+        raise ValueError(f"{path} is not the index that {MANIFEST} describes; prepare the data set again")
+    check_index(path, shards, index, classes)
+    return Split(name, shards, index)
+
+
+def digest(index: NDArray[Any]) -> str:
+    """SHA-256 of a sample index."""
+    return hashlib.sha256(index.view(np.uint8).data).hexdigest()
+
+
+def check_shard(shard: Shard, file: Path | int) -> None:
+    """ValueError unless `file` (a path or an open descriptor) has the size the index was made for."""
+    try:
+        size = os.stat(file).st_size
+    except OSError as error:
+        raise ValueError(
+            f"shard {shard.path} cannot be opened ({error.strerror}); restore it or prepare again"
+        ) from None
+    if size != shard.bytes:
+        raise ValueError(
+            f"shard {shard.path} has {size} bytes where its index says {shard.bytes}: truncated or replaced; "
+            "restore it or prepare the data set again"
+        )
+
+
+def check_index(path: Path, shards: tuple[Shard, ...], index: NDArray[Any], classes: int) -> None:
+    """ValueError if an entry points outside its shard, a label is out of range or the counts differ."""
+    if len(index) != sum(shard.samples for shard in shards):
+        raise ValueError(f"{path} has {len(index)} samples where the manifest counts another number; prepare again")
+    if len(index) == 0:
+        return
+    if not (index["shard"].min() >= 0 and index["shard"].max() < len(shards)):
+        raise ValueError(f"{path} names a shard that does not exist; prepare the data set again")
+    low, high = index["label"].min(), index["label"].max()
+    if not (low >= 0 and high < classes):
+        raise ValueError(f"{path} has labels {low}..{high}, out of range for {classes} classes (0..{classes - 1})")
+    ends = np.array([shard.bytes for shard in shards])[index["shard"]]
+    outside = (index["offset"] < 512) | (index["size"] < 1) | (index["offset"] + index["size"] > ends)
+    if outside.any():
+        shard = shards[index["shard"][outside.argmax()]].path
+        raise ValueError(f"{path} points outside of {shard}; prepare the data set again")

@@ -1,0 +1,104 @@
+"""Writes one shard: tar, DALI-compatible index and the facts about it, identical bytes for identical samples."""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+from .source import Item
+
+_BLOCK = 512
+
+
+class ShardWriter:
+    """A tar of KEY.jpg, KEY.cls and KEY.json, under a temporary name until `finish`."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self._folder, self._stem = folder, f"{number:06d}"
+        self._file = (folder / f"{self._stem}.tar.partial").open("w+b")
+        # Plain ustar with fixed owner and time: the same bytes on every machine.
+        self._archive = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        self._rows: list[list[int]] = []
+        self._lines: list[str] = []
+        self._moments = [[0, 0] for _ in range(3)]
+        self._pixels = 0
+
+    @property
+    def samples(self) -> int:
+        return len(self._rows)
+
+    def outgrows(self, jpeg: bytes, limit: int) -> bool:
+        """Whether one more sample takes the file beyond `limit` bytes (0: never)."""
+        metadata = 3 * _BLOCK
+        size = self._archive.offset + 3 * _BLOCK + _padded(len(jpeg)) + metadata
+        return limit > 0 and -(-(size + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE > limit
+
+    def add(self, item: Item, name: str, jpeg: bytes, height: int, width: int, moments: list[list[int]]) -> None:
+        """Appends a sample of class `name`."""
+        key = f"{self._stem}-{self.samples:06d}"
+        metadata = json.dumps({"name": item.name, "class": name}).encode()
+        fields: list[str] = []
+        offset = 0
+        for extension, data in (("jpg", jpeg), ("cls", str(item.label).encode()), ("json", metadata)):
+            entry = tarfile.TarInfo(f"{key}.{extension}")
+            entry.size, entry.mode = len(data), 0o644
+            start = self._archive.offset + _BLOCK
+            offset = offset or start
+            self._archive.addfile(entry, io.BytesIO(data))
+            fields.append(f"{extension} {start} {len(data)} {entry.name}")
+        self._rows.append([offset, len(jpeg), int(self._stem), item.label, height, width])
+        self._lines.append(" ".join(fields))
+        self._pixels += height * width
+        for channel, (total, squares) in zip(self._moments, moments, strict=True):
+            channel[0] += total
+            channel[1] += squares
+
+    def finish(self) -> dict[str, Any]:
+        """Makes the shard and its index durable under their names; returns name, counts, digest and index rows."""
+        self._archive.close()
+        self._file.flush()
+        self._file.seek(0)
+        digest = hashlib.file_digest(self._file, "sha256").hexdigest()
+        length = os.fstat(self._file.fileno()).st_size
+        os.fsync(self._file.fileno())
+        self._file.close()
+        name = f"{self._stem}.tar"
+        lines = [f"v1.2 {len(self._lines)}", *self._lines]
+        write_file(self._folder / f"{self._stem}.idx", ("\n".join(lines) + "\n").encode())
+        (self._folder / f"{name}.partial").rename(self._folder / name)
+        sync(self._folder)
+        return {
+            "name": name,
+            "samples": self.samples,
+            "bytes": length,
+            "sha256": digest,
+            "rows": self._rows,
+            "pixels": self._pixels,
+            "moments": self._moments,
+        }
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Replaces the file whole: a reader finds the old one or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def sync(folder: Path) -> None:
+    """Makes renames in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _padded(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK

@@ -1,0 +1,50 @@
+"""Small data sets for the tests of pipelines."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines import Dataset, open_dataset
+from pipelines.prepare import Options, prepare
+
+SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
+
+
+def shared(name: str) -> str:
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    return os.fspath(path)
+
+
+def picture(seed: int, height: int = 32, width: int = 32) -> np.ndarray:
+    """Smooth random uint8 (height, width, 3): JPEG keeps such images nearly as they are."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def jpeg(seed: int, height: int = 32, width: int = 32) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture(seed, height, width)).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def make_folder(
+    root: Path, per_class: int = 12, classes: tuple[str, ...] = ("cat", "dog", "owl"), **sides: int
+) -> Path:
+    for label, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for number in range(per_class):
+            (root / name / f"{number}.jpg").write_bytes(jpeg(1000 * label + number, **sides))
+    return root
+
+
+def make_data_set(folder: Path, shard_size: int = 7, per_class: int = 12, size: int = 0, **sides: int) -> Dataset:
+    make_folder(folder / "source", per_class, **sides)
+    options = Options(size=size, shard_size=shard_size, processes=1, test_fraction=0.25)
+    prepare(os.fspath(folder / "source"), folder / "data", options)
+    return open_dataset(folder / "data")
