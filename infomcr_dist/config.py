@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
@@ -29,7 +29,7 @@ class DataSettings:
 
     path: str = "fashion-mnist"
     """Directory that ``pipelines.prepare`` made; ``fashion-mnist`` is ./data/fashion-mnist, prepared on first use."""
-    backend: str = "dali"
+    backend: Literal["dali"] = "dali"
     """What decodes and augments (see pipelines)."""
     augmentation: str = "crop4_flip"
     """none, flip, crop1_flip, crop4_flip or random_resized_crop; evaluation and the metric see none."""
@@ -277,6 +277,8 @@ def load_config(settings_type: type[Settings], recipe: Path | None, overrides: l
             layers.append(OmegaConf.load(recipe))
         except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
             raise ValueError(f"recipe {recipe} is not valid YAML: {_one_line(error)}") from error
+        if not OmegaConf.is_dict(layers[0]):
+            raise ValueError(f"recipe {recipe} must be a mapping of settings")
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"argument {override!r} is not of the form key=value")
@@ -288,13 +290,13 @@ def load_config(settings_type: type[Settings], recipe: Path | None, overrides: l
         given = OmegaConf.to_container(OmegaConf.merge(*layers))
     except OmegaConfBaseException as error:
         raise ValueError(_one_line(error)) from error
-    if not isinstance(given, dict):
-        raise ValueError(f"recipe {recipe} must be a mapping of settings, got {type(given).__name__}")
-    _check_keys(settings_type, given, "")
+    assert isinstance(given, dict)
+    given_settings = cast("dict[str, Any]", given)
+    _check_keys(settings_type, given_settings, "")
     try:
         # Values the recipe leaves out are the dataclasses' defaults, but alternatives ("give one of") must not be
         # filled from a default when the user gave the other: sections are built from what was given alone.
-        return _build(settings_type, given, "")
+        return _build(settings_type, given_settings, "")
     except OmegaConfBaseException as error:
         raise ValueError(_one_line(error)) from error
 

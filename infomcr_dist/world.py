@@ -17,8 +17,15 @@ from torch import Tensor, nn
 _LAUNCHED_BY = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK")
 
 
-class StartError(Exception):
-    """A user's mistake, already agreed on by every worker; the message is one line."""
+class UserError(Exception):
+    """A user's mistake, or broken input; the message is one line.
+
+    ``everywhere``: every worker raises it, so that rank 0 tells it; otherwise the one that met it does.
+    """
+
+    def __init__(self, message: str, *, everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 class Solo:
@@ -70,7 +77,7 @@ class Solo:
     def together(self) -> Iterator[None]:
         """Run a block that a user's mistake may end (`ValueError`, `OSError`) on all workers or on none.
 
-        Every worker must enter it, and the block must hold no collective. Raises `StartError` everywhere, with the
+        Every worker must enter it, and the block must hold no collective. Raises `UserError` everywhere, with the
         message of the lowest failing rank, if the block failed anywhere.
         """
         failure: str | None = None
@@ -81,7 +88,7 @@ class Solo:
         failures = self.gather(failure)
         first = next((message for message in failures if message is not None), None)
         if first is not None:
-            raise StartError(first)
+            raise UserError(first, everywhere=True)
 
 
 class Horovod(Solo):
@@ -113,10 +120,11 @@ class Horovod(Solo):
             optimizer.step()
 
     def broadcast(self, value: Any) -> Any:
-        return self._hvd.broadcast_object(value, root_rank=0)
+        # Without a name Horovod takes that of the value's type, and waits for ever where the workers' types differ.
+        return self._hvd.broadcast_object(value, root_rank=0, name="broadcast")
 
     def gather(self, value: Any) -> list[Any]:
-        values: list[Any] = self._hvd.allgather_object(value)
+        values: list[Any] = self._hvd.allgather_object(value, name="gather")
         return values
 
     def average_buffers(self, model: nn.Module) -> None:

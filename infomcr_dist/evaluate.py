@@ -1,0 +1,84 @@
+"""What a trained model is worth: errors over a split and the metric γ̂, the same at any number of workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from infomcr_dist.config import MetricSettings
+from infomcr_dist.fisher import Estimate, gamma_hat, gradient_gram
+from infomcr_dist.functional import functional_loss
+from infomcr_dist.world import Solo
+from pipelines import Loader, Part, Split, evaluation_parts
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Mean cross entropy (nats) and top-1, top-5 error (0 to 1) over ``samples`` images."""
+
+    loss: float
+    top1_error_ratio: float
+    top5_error_ratio: float
+    samples: int
+
+
+def evaluate(model: nn.Module, loader: Loader, split: Split, batch_size: int, world: Solo) -> Errors:
+    """Errors over the whole split, every image counted once; every worker takes its share and gets the result."""
+    totals = [0.0, 0.0, 0.0, 0.0]
+    with evaluating(model):
+        for images, labels in loader.batches(evaluation_parts(len(split), batch_size, world.rank, world.size)):
+            if len(labels):
+                totals = [a + b for a, b in zip(totals, _count(model(images), labels), strict=True)]
+    loss, top1, top5, samples = world.sum(totals)
+    return Errors(loss / samples, top1 / samples, top5 / samples, int(samples))
+
+
+def estimate_gamma(
+    model: nn.Module, loader: Loader, split: Split, settings: MetricSettings, seed: int, world: Solo
+) -> Estimate:
+    """γ̂ (Jia & Su 2020, Eq. 6) on training images; trials are shared by the workers, the result does not depend on how.
+
+    Trial t draws its N' images without replacement by (seed, t) alone, out of the first ``settings.images`` of a
+    shuffle by the seed.
+    """
+    samples = min(settings.samples, len(split))
+    pool = np.random.default_rng([seed, 0]).permutation(len(split))[: settings.images]
+    mine = range(world.rank, settings.trials, world.size)
+    parts = (_trial_part(trial, pool, samples, seed) for trial in mine)
+    with evaluating(model), torch.enable_grad():
+        loss_fn = functional_loss(model)
+        params = {name: p.detach() for name, p in model.named_parameters()}
+        grams = [gradient_gram(loss_fn, params, batch).cpu() for batch in loader.batches(parts)]
+    by_rank = world.gather(grams)
+    return gamma_hat([by_rank[trial % world.size][trial // world.size] for trial in range(settings.trials)])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the model's own mode comes back after."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _count(logits: Tensor, labels: Tensor) -> list[float]:
+    """Summed loss, top-1 misses, top-5 misses, images."""
+    loss = F.cross_entropy(logits.double(), labels, reduction="sum")
+    best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    return [loss.item(), float((~best[:, 0]).sum()), float((~best.any(dim=1)).sum()), float(len(labels))]
+
+
+def _trial_part(trial: int, pool: np.ndarray, samples: int, seed: int) -> Part:
+    chosen = np.random.default_rng([seed, 1, trial]).choice(len(pool), samples, replace=False)
+    positions = np.arange(samples, dtype=np.int64)
+    return Part(epoch=0, step=trial, samples=pool[chosen].astype(np.int64), positions=positions, global_size=samples)

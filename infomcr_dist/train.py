@@ -1,0 +1,285 @@
+"""Train a classifier with the information-theoretic regularizer, alone or on many workers.
+
+    python -m infomcr_dist.train [RECIPE.yaml] [key=value …]
+    horovodrun -np 8 python -m infomcr_dist.train [RECIPE.yaml] [key=value …]
+
+Without a recipe it trains launch/recipes/demo.yaml on Fashion-MNIST. Exit code 0: trained; 2: a mistake in the settings
+or the data, named in one line; 1: anything else.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from array import array
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from infomcr_dist.config import Config, load_config
+from infomcr_dist.evaluate import Errors, estimate_gamma, evaluate
+from infomcr_dist.fisher import Estimate
+from infomcr_dist.regularizer import Losses, regularized_backward
+from infomcr_dist.run import Run, prepare_run, save
+from infomcr_dist.telemetry import StepRecord
+from infomcr_dist.world import Solo, UserError, connect
+from pipelines import Loader
+
+DEMO = Path(__file__).parent.parent / "launch" / "recipes" / "demo.yaml"
+Durations = dict[str, "array[float]"]
+_MEASURED_STEPS = 20
+"""Regularized steps after which their overhead is announced."""
+
+
+def train_step(
+    model: nn.Module,
+    criterion: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    world: Solo,
+    batch: tuple[Tensor, Tensor],
+    *,
+    weight: float,
+    penalty: dict[str, Any] | None,
+    clip_gradient_norm: float | None,
+) -> tuple[Losses, float]:
+    """One update of L + βR_α (Jia & Su 2020, Algorithm 1), or of L where ``penalty`` is None.
+
+    ``batch``: images (B, 3, H, W) float32, labels (B,) int64, of this worker; ``weight``: this worker's share of the
+    global batch times the number of workers, so that the mean over workers is the mean over images. Returns the losses
+    and the seconds spent waiting for the allreduce.
+    """
+    images, labels = batch
+    optimizer.zero_grad()
+    losses = Losses(torch.zeros(()), torch.zeros(()))
+    if penalty is not None:
+        losses = regularized_backward(model, criterion, images, labels, weight=weight, **penalty)
+    elif len(labels):  # a last, smaller global batch may leave a worker without images: its gradient is zero
+        loss = criterion(model(images), labels)
+        (loss * weight).backward()
+        losses = Losses(loss.detach(), torch.zeros(()))
+    before = time.perf_counter()
+    world.average_gradients(optimizer)
+    waited = time.perf_counter() - before
+    if clip_gradient_norm is not None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip_gradient_norm)
+    world.update(optimizer)
+    return losses, waited
+
+
+def train(run: Run) -> None:
+    """Run the epochs that are left: steps, evaluation, metric, checkpoint; then the final table."""
+    config, world, telemetry = run.config, run.world, run.telemetry
+    criterion = nn.CrossEntropyLoss(label_smoothing=config.optimizer.label_smoothing)
+    loader = run.loader("train", config.data.augmentation, math.ceil(run.order.global_batch / world.size))
+    train_images = run.loader("train", "none", max(config.evaluation.batch_size, config.metric.samples))
+    test_images = run.loader("test", "none", config.evaluation.batch_size)
+    durations: Durations = {"plain": array("d"), "regularized": array("d")}
+
+    def errors(split: str) -> Errors:
+        images = test_images if split == "test" else train_images
+        result = evaluate(run.model, images, run.dataset.splits[split], config.evaluation.batch_size, world)
+        telemetry.event("evaluation", epoch=epoch + 1, split=split, **asdict(result))
+        return result
+
+    def gamma() -> Estimate:
+        result = estimate_gamma(run.model, train_images, run.dataset.splits["train"], config.metric, config.seed, world)
+        telemetry.event(
+            "metric", epoch=epoch + 1, gamma_hat=result.mean, gamma_hat_standard_error=result.standard_error,
+            trials=result.trials, samples=config.metric.samples, singular=result.singular,
+        )  # fmt: skip
+        return result
+
+    test = train = metric = None
+    for epoch in range(run.first_epoch, config.epochs):
+        last = epoch + 1 == config.epochs
+        training_loss = train_epoch(run, epoch, loader, criterion, durations)
+        run.learning_rate.end_epoch(epoch, training_loss)
+        world.average_buffers(run.model)
+        test = errors("test") if last or _due(epoch, config.evaluation.every_epochs) else None
+        train = errors("train") if last or _due(epoch, config.evaluation.train_every_epochs) else None
+        measured = config.metric.trials and (last or _due(epoch, config.metric.every_epochs))
+        metric = gamma() if measured else None
+        telemetry.event("epoch", epoch=epoch + 1, training_loss=training_loss)
+        telemetry.say(_epoch_line(epoch + 1, config.epochs, training_loss, test, train, metric))
+        if last or _due(epoch, config.checkpoint.every_epochs):
+            save(run, epoch + 1)
+    for images in (loader, train_images, test_images):
+        images.close()
+    assert test is not None
+    assert train is not None
+    plain, regularized = _medians(durations)
+    telemetry.event("end", plain_step_seconds=plain, regularized_step_seconds=regularized)
+    telemetry.say(_summary(run, test, train, metric, durations))
+    telemetry.close()
+
+
+def train_epoch(run: Run, epoch: int, loader: Loader, criterion: nn.Module, durations: Durations) -> float:
+    """Every global batch of an epoch once; returns the mean training loss over all workers' images."""
+    config, world, telemetry = run.config, run.world, run.telemetry
+    total_loss = images_seen = 0.0
+    run.model.train()
+    batches = loader.batches(run.order.parts(epoch, world.rank, world.size))
+    began = time.perf_counter()
+    for part in run.order.parts(epoch, world.rank, world.size):
+        before = time.perf_counter()
+        try:
+            batch = next(batches)
+        except ValueError as error:
+            raise UserError(f"data: {error}") from error
+        data_wait = time.perf_counter() - before
+        progress = epoch + part.step / run.order.steps
+        step = epoch * run.order.steps + part.step
+        rate = run.learning_rate.at(progress)
+        was_on = run.penalty_weight.on_since is not None
+        beta = run.penalty_weight.at(progress, rate)
+        if beta is not None and not was_on:
+            _announce_regularizer(run, step + 1, epoch + 1, rate)
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        # Random masks and drawn sub-batches depend on the step alone, so that a resumed run draws the same.
+        torch.manual_seed((config.seed * 1_000_003 + step) * 65_537 + world.rank)
+        penalty = run.penalty(part, beta)
+        losses, allreduce_wait = train_step(
+            run.model,
+            criterion,
+            run.optimizer,
+            world,
+            batch,
+            weight=len(part.samples) * world.size / part.global_size,
+            penalty=penalty,
+            clip_gradient_norm=config.optimizer.clip_gradient_norm,
+        )
+        loss = losses.loss.item()  # also waits for the device, so that the step's time is the step's
+        phase = "plain" if penalty is None else "regularized"
+        total_loss, images_seen = total_loss + loss * len(part.samples), images_seen + len(part.samples)
+        now = time.perf_counter()
+        durations[phase].append(now - began)
+        record = StepRecord(
+            step=step + 1,
+            epoch=epoch + 1,
+            phase=phase,
+            loss=loss,
+            penalty=None if penalty is None else losses.penalty.item(),
+            beta=None if penalty is None else beta,
+            learning_rate=rate,
+            samples=len(part.samples),
+            step_duration_seconds=now - began,
+            data_wait_seconds=data_wait,
+            allreduce_wait_seconds=allreduce_wait,
+        )
+        began = now
+        telemetry.step(record, part.global_size)
+        if phase == "regularized" and len(durations[phase]) == _MEASURED_STEPS:
+            _announce_overhead(run, durations)
+    total_loss, images_seen = world.sum([total_loss, images_seen])
+    return total_loss / images_seen
+
+
+def main(arguments: list[str]) -> int:
+    """The command; returns the exit code."""
+    world = connect()
+    try:
+        config, recipe = Config(), DEMO
+        with world.together():
+            given = [a for a in arguments if "=" not in a]
+            if len(given) > 1:
+                raise ValueError(f"give one recipe, then key=value settings, got {' '.join(given)}")
+            recipe = Path(given[0]) if given else DEMO
+            config = load_config(Config, recipe, [a for a in arguments if "=" in a])
+        train(prepare_run(config, recipe, world))
+    except UserError as error:
+        if not error.everywhere:
+            print(f"\nerror: rank {world.rank}: {error}", file=sys.stderr, flush=True)
+        elif world.rank == 0:
+            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        if error.everywhere:
+            world.barrier()  # nobody leaves, and is taken for the cause, before rank 0 has spoken
+        return 2
+    except world.lost as error:
+        print(f"\nerror: rank {world.rank}: another worker is gone ({error})", file=sys.stderr, flush=True)
+        return 1
+    world.barrier()
+    world.close()
+    return 0
+
+
+def _announce_regularizer(run: Run, step: int, epoch: int, rate: float) -> None:
+    s, size, world = run.config.regularizer, run.sub_batch_size, run.world
+    run.telemetry.event("regularizer_on", step=step, epoch=epoch, learning_rate=rate)
+    run.telemetry.say(
+        f"regularizer on in epoch {epoch}, at rate {rate:.3g}: {s.way}, α {s.alpha:g}, β {s.beta:g}, "
+        f"{run.order.global_batch // world.size // (size or 1)} sub-batches of {size} images a worker"
+    )
+
+
+def _announce_overhead(run: Run, durations: Durations) -> None:
+    plain, regularized = _medians(durations)
+    if plain and regularized:
+        run.telemetry.event("overhead", overhead_ratio=regularized / plain)
+        run.telemetry.say(
+            f"a regularized step takes {regularized / plain:.2f} × a plain one "
+            f"({regularized * 1e3:.0f} ms against {plain * 1e3:.0f} ms, medians)"
+        )
+
+
+def _medians(durations: Durations) -> tuple[float | None, float | None]:
+    """Median seconds of a plain and of a regularized step; None where there was none."""
+    plain, regularized = (statistics.median(d) if d else None for d in durations.values())
+    return plain, regularized
+
+
+def _due(epoch: int, every: int) -> bool:
+    return every > 0 and (epoch + 1) % every == 0
+
+
+def _epoch_line(
+    epoch: int, epochs: int, loss: float, test: Errors | None, train: Errors | None, gamma: Estimate | None
+) -> str:
+    line = f"epoch {epoch}/{epochs}: training loss {loss:.4f}"
+    for split, errors in (("test", test), ("train", train)):
+        if errors is not None:
+            line += f", {split} error {errors.top1_error_ratio:.2%}"
+    if gamma is not None:
+        line += f", γ̂ {_plus_minus(gamma)}"
+    return line
+
+
+def _plus_minus(gamma: Estimate) -> str:
+    return f"{gamma.mean:.1f} ± {gamma.standard_error:.1f}"
+
+
+def _summary(run: Run, test: Errors, train: Errors, gamma: Estimate | None, durations: Durations) -> str:
+    rows = ["", f"{'error':<24}{'test':>10}{'train':>10}{'gap':>10}"]
+    for name in ("top1_error_ratio", "top5_error_ratio"):
+        a, b = getattr(test, name), getattr(train, name)
+        rows.append(f"{name[:3]}-{name[3]:<20}{a:>10.2%}{b:>10.2%}{a - b:>+10.2%}")
+    rows.append(f"{'loss':<24}{test.loss:>10.4f}{train.loss:>10.4f}{test.loss - train.loss:>+10.4f}")
+    if gamma is not None:
+        metric = run.config.metric
+        note = f"   (ln|ξ|, Eq. 6; {gamma.trials} trials of {metric.samples} training images)"
+        if gamma.singular:
+            note += f"   {gamma.singular} of {gamma.trials} Gram matrices were not positive definite and are left out"
+        rows.append(f"{'metric γ̂':<24}{_plus_minus(gamma):>10}{note}")
+    plain, regularized = _medians(durations)
+    for name, seconds in (("plain", plain), ("regularized", regularized)):
+        if seconds is not None:
+            rows.append(f"{name + ' step, median':<24}{seconds * 1e3:>7.1f} ms   ({len(durations[name])} steps)")
+    if plain and regularized:
+        rows.append(f"{'regularized / plain':<24}{regularized / plain:>10.2f}")
+    rows += [
+        "",
+        f"run directory {run.directory}/",
+        "  config.yaml     the settings of this run",
+        "  records.jsonl   a record a step, an epoch, an evaluation",
+        "  checkpoints/    to go on from: resume=" + str(run.directory) + " epochs=…",
+    ]
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,59 @@
+"""What tests share: a small data set, and one launch of each real Horovod job."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+WORKERS = ROOT / "tests" / "workers"
+
+
+def horovodrun(workers: int, *command: str, cwd: Path, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+    """Run a command on so many workers of this machine, as a user would."""
+    launcher = Path(sys.executable).with_name("horovodrun")
+    environment = os.environ | {"PATH": f"{launcher.parent}:{os.environ['PATH']}"}
+    with subprocess.Popen(
+        [str(launcher), "-np", str(workers), *command],
+        cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # horovodrun ends its workers
+            output, errors = process.communicate(timeout=30)
+            pytest.fail(f"no end after {timeout} s:\n{output}\n{errors}")
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def shared_data(name: str) -> Path:
+    """A development data set; its test is skipped where it is absent."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"{path.name} is not beside the project (../shared/data)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared data set of 6 classes: 260 training and 70 test images of 16 × 16, of class-dependent stripes."""
+    root = tmp_path_factory.mktemp("small")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 260), ("test", 70)):
+        for i in range(count):
+            label = i % 6
+            folder = root / "source" / split / f"class{label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            stripes = 60 * np.sin(np.arange(16) * (label + 1) / 2.5 + random.uniform(0, 6))
+            pixels = 128 + stripes[None, :, None] + random.normal(0, 25, (16, 16, 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+    command = [sys.executable, "-m", "pipelines.prepare", str(root / "source"), str(root / "data")]
+    subprocess.run([*command, "size=16", "shard_size=100"], cwd=ROOT, check=True, capture_output=True)
+    shutil.rmtree(root / "source")
+    return root / "data"

@@ -1,0 +1,141 @@
+"""Run on every worker by test_horovod.py: what needs real workers, reported as one JSON file a rank."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import horovod.torch.optimizer as hvd_optimizer
+import torch
+from torch import Tensor, nn
+
+from infomcr_dist import regularized_backward
+from infomcr_dist.world import Horovod, UserError, connect
+
+SUB_BATCH, IMAGES = 4, 16  # a worker
+
+
+def net(norm: bool) -> nn.Module:
+    torch.manual_seed(1)
+    layers: list[nn.Module] = [nn.Conv2d(3, 6, 3, padding=1)]
+    if norm:
+        layers.append(nn.BatchNorm2d(6))
+    layers += [nn.SiLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 5)]
+    return nn.Sequential(*layers).double()
+
+
+def batch(rank: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 + rank)
+    images = torch.randn(IMAGES, 3, 6, 6, dtype=torch.float64, generator=generator)
+    return images, torch.randint(5, (IMAGES,), generator=generator)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Largest difference of an entry, relative to the largest entry (a bias before BatchNorm has gradient 0)."""
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a) / max(float(g.abs().max()) for g in b.values())
+
+
+def settings(way: str) -> dict[str, Any]:
+    # α and β far from the defaults: the penalty's part of the gradient must not hide in its rounding.
+    return {"alpha": 0.05, "beta": 3.0, "way": way, "sampled": 2 if way == "sampled" else None}
+
+
+def serial_gradient(way: str, norm: bool, size: int) -> dict[str, Tensor]:
+    """One process on the union of the workers' sub-batches; for sampled, the mean over what each worker draws."""
+    images, labels = (torch.cat(tensors) for tensors in zip(*map(batch, range(size)), strict=True))
+    model = net(norm)
+    if way != "sampled":
+        regularized_backward(
+            model, nn.CrossEntropyLoss(), images, labels, sub_batches=size * IMAGES // SUB_BATCH, **settings(way)
+        )
+        return gradients(model)
+    for rank in range(size):
+        torch.manual_seed(rank)
+        regularized_backward(
+            model,
+            nn.CrossEntropyLoss(),
+            *batch(rank),
+            sub_batches=IMAGES // SUB_BATCH,
+            weight=1 / size,
+            **settings(way),
+        )
+    return gradients(model)
+
+
+def distributed_gradient(world: Horovod, way: str, sent: list[str], norm: bool) -> dict[str, Tensor]:
+    model = net(norm)
+    optimizer = world.distribute(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    optimizer.zero_grad()
+    torch.manual_seed(world.rank)
+    sent.clear()
+    images, labels = batch(world.rank)
+    if way == "plain":
+        nn.CrossEntropyLoss()(model(images), labels).backward()
+    else:
+        sub_batches = IMAGES // SUB_BATCH
+        regularized_backward(model, nn.CrossEntropyLoss(), images, labels, sub_batches=sub_batches, **settings(way))
+    world.average_gradients(optimizer)
+    result = gradients(model)
+    world.update(optimizer)
+    return result
+
+
+def main(output: Path) -> None:
+    world = connect()
+    assert isinstance(world, Horovod)
+    report: dict[str, Any] = {"rank": world.rank, "size": world.size, "local_rank": world.local_rank}
+
+    sent: list[str] = []
+    allreduce = hvd_optimizer.allreduce_async_
+
+    def counting(tensor: Tensor, *args: Any, name: str, **more: Any) -> Any:
+        sent.append(f"{name} {tensor.numel() * tensor.element_size()}")
+        return allreduce(tensor, *args, name=name, **more)
+
+    hvd_optimizer.allreduce_async_ = counting
+    for way in ("fused", "sampled", "reference"):
+        norm = way == "fused"  # the other ways' loss term sees BatchNorm statistics that differ with the split
+        distributed_gradient(world, "plain", sent, norm)
+        plain = sorted(sent)
+        result = distributed_gradient(world, way, sent, norm)
+        report[f"sent {way}"] = [plain, sorted(sent)]
+        report[f"difference {way}"] = difference(result, serial_gradient(way, norm, world.size))
+
+    # A last, smaller global batch: the first worker has two images, the second one, any other none.
+    model = net(norm=False)
+    optimizer = world.distribute(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    optimizer.zero_grad()
+    images, labels = batch(0)
+    mine = slice(0, 2) if world.rank == 0 else slice(2, 3) if world.rank == 1 else slice(0, 0)
+    if len(labels[mine]):
+        weight = len(labels[mine]) * world.size / 3
+        (nn.CrossEntropyLoss()(model(images[mine]), labels[mine]) * weight).backward()
+    world.average_gradients(optimizer)
+    whole = net(norm=False)
+    nn.CrossEntropyLoss()(whole(images[:3]), labels[:3]).backward()
+    report["difference remainder"] = difference(gradients(model), gradients(whole))
+
+    norm = nn.BatchNorm1d(3)
+    norm.running_mean = torch.full((3,), float(world.rank))
+    world.average_buffers(norm)
+    report["running mean"] = norm.running_mean.tolist()
+    report["batches tracked"] = int(norm.num_batches_tracked)  # type: ignore[arg-type]
+    report["sum"] = world.sum([world.rank + 1, 0.5])
+    report["broadcast"] = world.broadcast({"rank": world.rank})
+    try:
+        with world.together():
+            if world.rank == world.size - 1:
+                raise ValueError(f"trouble on rank {world.rank}")
+    except UserError as error:
+        report["together"] = [str(error), error.everywhere]
+    (output / f"{world.rank}.json").write_text(json.dumps(report))
+    world.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
