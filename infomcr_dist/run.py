@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -44,23 +45,17 @@ class Run:
     penalty_weight: PenaltyWeight
     first_epoch: int
     telemetry: Telemetry
+    training_images: Loader
+    """The training split, augmented, for the steps"""
+    train_images: Loader
+    """The training split as it is, for evaluation and metric"""
+    test_images: Loader
 
-    def loader(self, split: str, augmentation: str, batch_size: int) -> Loader:
-        """Batches of a split at this run's size and normalization, on this worker's device."""
-        data = self.config.data
-        return open_loader(
-            self.dataset.splits[split],
-            backend=data.backend,
-            augmentation=augmentation,
-            size=self.image_size,
-            mean=self.dataset.mean,
-            std=self.dataset.std,
-            seed=self.config.seed,
-            batch_size=batch_size,
-            device=self.world.device,
-            threads=data.threads,
-            prefetch=data.prefetch,
-        )
+    def close(self) -> None:
+        """Write out the records, free the port, end the loaders."""
+        self.telemetry.close()
+        for loader in (self.training_images, self.train_images, self.test_images):
+            loader.close()
 
     def penalty(self, part: Part, beta: float | None) -> dict[str, Any] | None:
         """Arguments of `regularized_backward` for a step; None for a plain one.
@@ -115,6 +110,27 @@ def prepare_run(config: Config, recipe: Path, world: Solo) -> Run:
         image_size = config.data.image_size or _stored_size(dataset)
         torch.manual_seed(config.seed)
         model = models.build(config.model, classes=len(dataset.classes), image_size=image_size).to(world.device)
+        local_batch = math.ceil(order.global_batch / world.size)
+        evaluated = config.evaluation.batch_size
+
+        def loader(split: str, augmentation: str, batch_size: int) -> Loader:
+            return open_loader(
+                dataset.splits[split],
+                backend=config.data.backend,
+                augmentation=augmentation,
+                size=image_size,
+                mean=dataset.mean,
+                std=dataset.std,
+                seed=config.seed,
+                batch_size=batch_size,
+                device=world.device,
+                threads=config.data.threads,
+                prefetch=config.data.prefetch,
+            )
+
+        training_images = loader("train", config.data.augmentation, local_batch)
+        train_images = loader("train", "none", max(evaluated, config.metric.samples))
+        test_images = loader("test", "none", evaluated)
 
     with world.together():
         telemetry = Telemetry(config.telemetry, rank=world.rank, local_rank=world.local_rank, world_size=world.size)
@@ -128,13 +144,12 @@ def prepare_run(config: Config, recipe: Path, world: Solo) -> Run:
     scale = order.global_batch / (config.optimizer.reference_batch_size or order.global_batch)
     learning_rate = LearningRate(config.schedule, config.optimizer.learning_rate * scale, config.epochs, order.steps)
     penalty_weight = PenaltyWeight(config.regularizer, config.schedule.warmup_epochs)
-    plain_optimizer = _optimizer(config.optimizer, model)
+    optimizer = world.distribute(_optimizer(config.optimizer, model), model)
     if state is not None:
         model.load_state_dict(state["model"])
-        plain_optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(state["optimizer"])
         learning_rate.load_state_dict(state["learning_rate"])
         penalty_weight.load_state_dict(state["penalty_weight"])
-    optimizer = world.distribute(plain_optimizer, model)
 
     with world.together():
         if world.rank == 0:
@@ -155,6 +170,9 @@ def prepare_run(config: Config, recipe: Path, world: Solo) -> Run:
         penalty_weight=penalty_weight,
         first_epoch=first_epoch,
         telemetry=telemetry,
+        training_images=training_images,
+        train_images=train_images,
+        test_images=test_images,
     )
 
 

@@ -9,7 +9,6 @@ or the data, named in one line; 1: anything else.
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
 import time
@@ -28,7 +27,6 @@ from infomcr_dist.regularizer import Losses, regularized_backward
 from infomcr_dist.run import Run, prepare_run, save
 from infomcr_dist.telemetry import StepRecord
 from infomcr_dist.world import Solo, UserError, connect
-from pipelines import Loader
 
 DEMO = Path(__file__).parent.parent / "launch" / "recipes" / "demo.yaml"
 Durations = dict[str, "array[float]"]
@@ -75,19 +73,18 @@ def train(run: Run) -> None:
     """Run the epochs that are left: steps, evaluation, metric, checkpoint; then the final table."""
     config, world, telemetry = run.config, run.world, run.telemetry
     criterion = nn.CrossEntropyLoss(label_smoothing=config.optimizer.label_smoothing)
-    loader = run.loader("train", config.data.augmentation, math.ceil(run.order.global_batch / world.size))
-    train_images = run.loader("train", "none", max(config.evaluation.batch_size, config.metric.samples))
-    test_images = run.loader("test", "none", config.evaluation.batch_size)
     durations: Durations = {"plain": array("d"), "regularized": array("d")}
 
     def errors(split: str) -> Errors:
-        images = test_images if split == "test" else train_images
+        images = run.test_images if split == "test" else run.train_images
         result = evaluate(run.model, images, run.dataset.splits[split], config.evaluation.batch_size, world)
         telemetry.event("evaluation", epoch=epoch + 1, split=split, **asdict(result))
         return result
 
     def gamma() -> Estimate:
-        result = estimate_gamma(run.model, train_images, run.dataset.splits["train"], config.metric, config.seed, world)
+        result = estimate_gamma(
+            run.model, run.train_images, run.dataset.splits["train"], config.metric, config.seed, world
+        )
         telemetry.event(
             "metric", epoch=epoch + 1, gamma_hat=result.mean, gamma_hat_standard_error=result.standard_error,
             trials=result.trials, samples=config.metric.samples, singular=result.singular,
@@ -97,7 +94,7 @@ def train(run: Run) -> None:
     test = train = metric = None
     for epoch in range(run.first_epoch, config.epochs):
         last = epoch + 1 == config.epochs
-        training_loss = train_epoch(run, epoch, loader, criterion, durations)
+        training_loss = train_epoch(run, epoch, criterion, durations)
         run.learning_rate.end_epoch(epoch, training_loss)
         world.average_buffers(run.model)
         test = errors("test") if last or _due(epoch, config.evaluation.every_epochs) else None
@@ -108,22 +105,19 @@ def train(run: Run) -> None:
         telemetry.say(_epoch_line(epoch + 1, config.epochs, training_loss, test, train, metric))
         if last or _due(epoch, config.checkpoint.every_epochs):
             save(run, epoch + 1)
-    for images in (loader, train_images, test_images):
-        images.close()
     assert test is not None
     assert train is not None
     plain, regularized = _medians(durations)
     telemetry.event("end", plain_step_seconds=plain, regularized_step_seconds=regularized)
     telemetry.say(_summary(run, test, train, metric, durations))
-    telemetry.close()
 
 
-def train_epoch(run: Run, epoch: int, loader: Loader, criterion: nn.Module, durations: Durations) -> float:
+def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations) -> float:
     """Every global batch of an epoch once; returns the mean training loss over all workers' images."""
     config, world, telemetry = run.config, run.world, run.telemetry
     total_loss = images_seen = 0.0
     run.model.train()
-    batches = loader.batches(run.order.parts(epoch, world.rank, world.size))
+    batches = run.training_images.batches(run.order.parts(epoch, world.rank, world.size))
     began = time.perf_counter()
     for part in run.order.parts(epoch, world.rank, world.size):
         before = time.perf_counter()
@@ -191,7 +185,11 @@ def main(arguments: list[str]) -> int:
                 raise ValueError(f"give one recipe, then key=value settings, got {' '.join(given)}")
             recipe = Path(given[0]) if given else DEMO
             config = load_config(Config, recipe, [a for a in arguments if "=" in a])
-        train(prepare_run(config, recipe, world))
+        run = prepare_run(config, recipe, world)
+        try:
+            train(run)
+        finally:
+            run.close()
     except UserError as error:
         if not error.everywhere:
             print(f"\nerror: rank {world.rank}: {error}", file=sys.stderr, flush=True)

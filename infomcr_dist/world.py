@@ -42,7 +42,10 @@ class Solo:
         self.device = _device(self.local_rank)
 
     def distribute(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer whose `average_gradients` and `update` act for all workers; weights and buffers of rank 0."""
+        """The optimizer to give to `average_gradients` and `update`, without the state of the one given.
+
+        Weights and buffers become those of rank 0.
+        """
         return optimizer
 
     def average_gradients(self, optimizer: torch.optim.Optimizer) -> None:

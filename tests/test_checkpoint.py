@@ -45,7 +45,7 @@ def test_a_full_device_is_an_error_that_names_the_file(tmp_path: Path) -> None:
         with open("/dev/full", "wb") as full:
             torch.save({"weights": torch.zeros(100_000)}, full)
 
-    with pytest.raises(OSError, match="c.pt could not be written"):
+    with pytest.raises(OSError, match=r"c\.pt could not be written"):
         checkpoint.write_atomically(tmp_path / "c.pt", onto_a_full_device)
     assert list(tmp_path.iterdir()) == []
 

@@ -10,7 +10,7 @@ from PIL import Image
 from pipelines import Dataset, Loader, Order, Part, evaluation_parts, open_loader
 from pipelines.reader import Files
 
-AUGMENTATIONS = ("none", "flip", "crop1_flip", "crop4_flip", "random_resized_crop")
+AUGMENTATIONS = ("none", "flip", "crop1_flip", "crop4_flip", "random_resized_crop", "center_crop")
 
 
 @pytest.fixture(scope="module")
@@ -18,17 +18,22 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return make_data_set(tmp_path_factory.mktemp("dali"))
 
 
-def open_train(dataset: Dataset, augmentation: str = "none", size: int = 32, batch_size: int = 16) -> Loader:
-    return open_loader(
-        dataset.splits["train"],
-        augmentation=augmentation,
-        size=size,
-        mean=dataset.mean,
-        std=dataset.std,
-        seed=5,
-        batch_size=batch_size,
-        device=torch.device("cpu"),
-    )
+@pytest.fixture(params=["dali", "torch"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def open_train(dataset: Dataset, backend: str, augmentation: str = "none", **settings: object) -> Loader:
+    defaults = {
+        "size": 32,
+        "mean": dataset.mean,
+        "std": dataset.std,
+        "seed": 5,
+        "batch_size": 32,
+        "device": torch.device("cpu"),
+    }
+    given = {"backend": backend, "augmentation": augmentation, **defaults, **settings}
+    return open_loader(dataset.splits["train"], **given)  # type: ignore[arg-type]
 
 
 def pixels(dataset: Dataset, images: torch.Tensor) -> np.ndarray:
@@ -43,9 +48,9 @@ def decoded(dataset: Dataset, samples: np.ndarray) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images])
 
 
-def test_images_and_labels_are_those_of_the_shards(dataset: Dataset) -> None:
+def test_images_and_labels_are_those_of_the_shards(dataset: Dataset, backend: str) -> None:
     split = dataset.splits["train"]
-    loader = open_train(dataset)
+    loader = open_train(dataset, backend)
     seen = []
     for part, (images, labels) in zip(
         evaluation_parts(len(split), 16, 0, 1), loader.batches(evaluation_parts(len(split), 16, 0, 1)), strict=True
@@ -60,9 +65,9 @@ def test_images_and_labels_are_those_of_the_shards(dataset: Dataset) -> None:
 
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
-def test_pixels_do_not_depend_on_world_size_or_start(dataset: Dataset, augmentation: str) -> None:
+def test_pixels_do_not_depend_on_world_size_or_start(dataset: Dataset, backend: str, augmentation: str) -> None:
     order = Order(len(dataset.splits["train"]), 8, seed=2)
-    loader = open_train(dataset, augmentation)
+    loader = open_train(dataset, backend, augmentation)
     whole = [images for images, _ in loader.batches(order.parts(1, 0, 1))]
     for size in (2, 3, 8):
         ranks = [[images for images, _ in loader.batches(order.parts(1, rank, size))] for rank in range(size)]
@@ -74,8 +79,8 @@ def test_pixels_do_not_depend_on_world_size_or_start(dataset: Dataset, augmentat
     loader.close()
 
 
-def test_flip_mirrors_about_half(dataset: Dataset) -> None:
-    loader = open_train(dataset, "flip", batch_size=27)
+def test_flip_mirrors_about_half(dataset: Dataset, backend: str) -> None:
+    loader = open_train(dataset, backend, "flip")
     part = next(evaluation_parts(27, 27, 0, 1))
     images = pixels(dataset, next(loader.batches([part]))[0])
     plain = decoded(dataset, part.samples).astype(float)
@@ -87,8 +92,8 @@ def test_flip_mirrors_about_half(dataset: Dataset) -> None:
 
 
 @pytest.mark.parametrize("pad", [1, 4])
-def test_crop_is_a_shift_with_zeros_entering(dataset: Dataset, pad: int) -> None:
-    loader = open_train(dataset, f"crop{pad}_flip", batch_size=27)
+def test_crop_is_a_shift_with_zeros_entering(dataset: Dataset, backend: str, pad: int) -> None:
+    loader = open_train(dataset, backend, f"crop{pad}_flip")
     part = next(evaluation_parts(27, 27, 0, 1))
     images = pixels(dataset, next(loader.batches([part]))[0])
     shifts = set()
@@ -107,9 +112,9 @@ def test_crop_is_a_shift_with_zeros_entering(dataset: Dataset, pad: int) -> None
     loader.close()
 
 
-def test_empty_parts_tensors_that_stay_and_abandoned_iterations(dataset: Dataset) -> None:
+def test_empty_parts_tensors_that_stay_and_abandoned_iterations(dataset: Dataset, backend: str) -> None:
     split = dataset.splits["train"]
-    loader = open_train(dataset, "crop4_flip")
+    loader = open_train(dataset, backend, "crop4_flip")
     nothing = Part(0, 0, np.arange(0), np.arange(0), 3)
     parts = [nothing, *evaluation_parts(len(split), 4, 0, 1), nothing]
     batches = list(loader.batches(parts))
@@ -128,9 +133,9 @@ def test_empty_parts_tensors_that_stay_and_abandoned_iterations(dataset: Dataset
     loader.close()
 
 
-def test_stored_images_of_another_size_are_resized(tmp_path: Path) -> None:
+def test_stored_images_of_another_size_are_resized(tmp_path: Path, backend: str) -> None:
     dataset = make_data_set(tmp_path, per_class=4, height=40, width=56)
-    loader = open_train(dataset, "none", size=32)
+    loader = open_train(dataset, backend, "none")
     part = next(evaluation_parts(len(dataset.splits["train"]), 16, 0, 1))
     images = pixels(dataset, next(loader.batches([part]))[0])
     for image, stored in zip(images, decoded(dataset, part.samples), strict=True):
@@ -139,14 +144,14 @@ def test_stored_images_of_another_size_are_resized(tmp_path: Path) -> None:
     loader.close()
 
 
-def test_a_sample_that_cannot_be_decoded_stops_the_iteration_and_the_loader_lives_on(tmp_path: Path) -> None:
+def test_a_damaged_sample_stops_the_iteration_and_the_loader_lives_on(tmp_path: Path, backend: str) -> None:
     dataset = make_data_set(tmp_path)
     split = dataset.splits["train"]
     entry = split.index[20]
     with split.shards[entry["shard"]].path.open("r+b") as file:
         file.seek(int(entry["offset"]))
         file.write(bytes(int(entry["size"])))
-    loader = open_train(dataset)
+    loader = open_train(dataset, backend)
     parts = list(evaluation_parts(len(split), 4, 0, 1))
     with pytest.raises(ValueError, match="cannot decode"):
         list(loader.batches(parts))
@@ -158,18 +163,19 @@ def test_a_sample_that_cannot_be_decoded_stops_the_iteration_and_the_loader_live
     ("settings", "message"),
     [
         ({"augmentation": "mixup"}, "augmentation must be one of none, flip, .* got 'mixup'"),
-        ({"backend": "ffcv"}, "backend must be .*, got 'ffcv'"),
+        ({"backend": "ffcv"}, "backend must be dali, torch or synthetic, got 'ffcv'"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"color_jitter": 1.0}, r"color_jitter must be in 0\.\.1, 1 excluded, got 1\.0"),
+        ({"on_error": "ignore"}, "on_error must be stop or skip, got 'ignore'"),
     ],
 )
 def test_bad_settings(dataset: Dataset, settings: dict[str, object], message: str) -> None:
-    defaults = {"size": 32, "mean": dataset.mean, "std": dataset.std, "batch_size": 4, "device": torch.device("cpu")}
     with pytest.raises(ValueError, match=message):
-        open_loader(dataset.splits["train"], **{**defaults, **settings})  # type: ignore[arg-type]
+        open_train(dataset, **{"backend": "dali", **settings})  # type: ignore[arg-type]
 
 
-def test_a_part_larger_than_the_batch_size_is_refused(dataset: Dataset) -> None:
-    loader = open_train(dataset, batch_size=4)
+def test_a_part_larger_than_the_batch_size_is_refused(dataset: Dataset, backend: str) -> None:
+    loader = open_train(dataset, backend, batch_size=4)
     with pytest.raises(ValueError, match="batch_size must hold the largest part, got 4 and 5"):
         next(loader.batches(evaluation_parts(27, 5, 0, 1)))
     loader.close()

@@ -1,0 +1,349 @@
+"""Whole jobs: `horovodrun -np 2 python -m infomcr_dist.train`, watched, resumed, compared, and given bad input."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import WORKERS, horovodrun
+
+from infomcr_dist import checkpoint
+from infomcr_dist.config import Config, load_config
+from infomcr_dist.run import _plan
+from infomcr_dist.train import main
+from pipelines import open_dataset
+
+RECIPE = """
+model: resnet20
+epochs: 4
+data: {path: DATA, augmentation: crop1_flip, global_batch_size: 64}
+schedule: {milestones: [2]}
+optimizer: {learning_rate: 0.05, weight_decay: 5e-4, decay_norm_and_bias: false, clip_gradient_norm: 5}
+regularizer: {sub_batch_size: 8, beta: 5}
+metric: {trials: 4, samples: 8, every_epochs: 2}
+evaluation: {train_every_epochs: 2}
+checkpoint: {keep: 4}
+threads: 1
+"""
+STEPS = 5  # an epoch: 260 images in global batches of 64, the last one of 4
+
+
+def records(run: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (run / "records.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    state = checkpoint.load(checkpoint.find(run))
+    return state["model"] | {f"momentum {k}": v["momentum_buffer"] for k, v in state["optimizer"]["state"].items()}
+
+
+def free_port() -> int:
+    """The first of two neighbouring free ports."""
+    for port in range(20000, 30000, 2):
+        with socket.socket() as a, socket.socket() as b:
+            try:
+                a.bind(("127.0.0.1", port))
+                b.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("no free port")
+
+
+class Scraper(threading.Thread):
+    """Reads the endpoints over and over, as Prometheus would, and keeps what each said last."""
+
+    def __init__(self, ports: list[int]) -> None:
+        super().__init__(daemon=True)
+        self.ports, self.last, self.done = ports, dict[int, str](), threading.Event()
+
+    def run(self) -> None:
+        while not self.done.wait(0.05):
+            for port in self.ports:
+                try:
+                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=1) as answer:
+                        self.last[port] = answer.read().decode()
+                except OSError:
+                    continue
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
+    root = tmp_path_factory.mktemp("jobs")
+    (root / "recipe.yaml").write_text(RECIPE.replace("DATA", str(small_data)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def job(folder: Path) -> dict[str, Any]:
+    """One run on two workers, scraped all along."""
+    port = free_port()
+    scraper = Scraper([port, port + 1])
+    scraper.start()
+    command = [sys.executable, "-m", "infomcr_dist.train", "recipe.yaml", "run_dir=first", f"telemetry.port={port}"]
+    result = horovodrun(2, *command, cwd=folder)
+    scraper.done.set()
+    scraper.join()
+    assert result.returncode == 0, result.stdout + result.stderr
+    return {"run": folder / "first", "output": result.stdout, "scraped": [scraper.last[port], scraper.last[port + 1]]}
+
+
+def test_the_regularizer_goes_on_at_the_first_drop(job: dict[str, Any]) -> None:
+    steps = records(job["run"], "step")
+    assert [s["step"] for s in steps] == list(range(1, 4 * STEPS + 1))
+    rates = [s["learning_rate"] for s in steps]
+    assert rates == pytest.approx([0.05] * 2 * STEPS + [0.005] * 2 * STEPS)
+    # The last global batch has 4 images, 2 a worker: no whole sub-batch of 8, so its step is plain.
+    late = ["regularized"] * (STEPS - 1) + ["plain"]
+    assert [s["phase"] for s in steps] == ["plain"] * 2 * STEPS + late * 2
+    assert all((s["penalty"] is not None and s["penalty"] > 0) == (s["phase"] == "regularized") for s in steps)
+    assert [s["samples"] for s in steps] == ([32] * (STEPS - 1) + [2]) * 4
+
+
+def test_the_parts_of_a_step_are_within_the_step(job: dict[str, Any]) -> None:
+    for step in records(job["run"], "step"):
+        parts = step["data_wait_seconds"] + step["allreduce_wait_seconds"]
+        assert 0 < parts < step["step_duration_seconds"]
+
+
+def test_what_the_console_shows(job: dict[str, Any]) -> None:
+    output = job["output"]
+    assert re.search(
+        r"regularizer on in epoch 3, at rate 0\.005: fused, α 0\.0001, β 5, 4 sub-batches of 8 images", output
+    )
+    for epoch in range(1, 5):
+        assert len(re.findall(rf"epoch {epoch}/4: training loss \d", output)) == 1, "rank 0 alone prints"
+    for row in (r"top-1 +\d+\.\d+%", r"top-5 +\d+\.\d+%", r"metric γ̂ +-?\d+\.\d ± \d", r"plain step, median +\d",
+                r"regularized step, median +\d", r"regularized / plain +\d", r"run directory first/"):  # fmt: skip
+        assert re.search(row, output), f"{row} in\n{output}"
+
+
+def test_the_records_hold_every_evaluation(job: dict[str, Any]) -> None:
+    evaluations = {(r["epoch"], r["split"]): r for r in records(job["run"], "evaluation")}
+    assert evaluations.keys() == {(e, "test") for e in range(1, 5)} | {(2, "train"), (4, "train")}
+    assert all(r["samples"] == (70 if split == "test" else 260) for (_, split), r in evaluations.items())
+    counts = [r["top1_error_ratio"] * r["samples"] for r in evaluations.values()]
+    assert counts == pytest.approx([round(c) for c in counts]), "whole images, at any number of workers"
+    assert [r["epoch"] for r in records(job["run"], "metric")] == [2, 4]
+    assert evaluations[4, "test"]["top1_error_ratio"] < 0.5, "chance is 0.83"
+
+
+def test_every_rank_exports_its_metrics(job: dict[str, Any]) -> None:
+    for text in job["scraped"]:
+        value = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line[0] != "#"}
+        assert value["infomcr_world_size"] == 2
+        assert value['infomcr_steps_total{phase="plain"}'] >= 2 * STEPS
+        count = value['infomcr_step_duration_seconds_count{phase="plain"}']
+        assert count == value['infomcr_steps_total{phase="plain"}']
+        assert value["infomcr_data_wait_seconds_count"] >= count
+        for name in ("samples_total", "loss", "learning_rate", "penalty", "gamma_hat", "regularizer_active"):
+            assert f"infomcr_{name}" in value
+        assert value["infomcr_gamma_hat_standard_error"] > 0
+
+
+@pytest.fixture(scope="module")
+def promtool(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The one of the PATH, or of Debian's package, unpacked without root."""
+    if found := shutil.which("promtool"):
+        return Path(found)
+    folder = tmp_path_factory.mktemp("prometheus")
+    lists = ["-o", f"Dir::State={folder}", "-o", f"Dir::Cache={folder}", "-o", "Debug::NoLocking=1"]
+    for command in (["apt-get", "-qq", "download", "prometheus"], ["apt-get", "-qq", *lists, "update"],
+                    ["apt-get", "-qq", *lists, "download", "prometheus"]):  # fmt: skip
+        if not list(folder.glob("*.deb")):
+            subprocess.run(command, cwd=folder, capture_output=True, check=False)
+    package = next(folder.glob("*.deb"), None)
+    if package is None:
+        pytest.skip("promtool is neither installed nor to be had from Debian's package prometheus")
+    subprocess.run(["dpkg-deb", "-x", package, folder], check=True)
+    return folder / "usr" / "bin" / "promtool"
+
+
+def test_promtool_finds_nothing_to_say(job: dict[str, Any], promtool: Path) -> None:
+    for text in job["scraped"]:
+        result = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(job: dict[str, Any], folder: Path) -> None:
+    shutil.copytree(job["run"], folder / "second")
+    for late in ("epoch-0003.pt", "epoch-0004.pt"):
+        (folder / "second" / "checkpoints" / late).unlink()
+    command = [sys.executable, "-m", "infomcr_dist.train", "recipe.yaml", "run_dir=second", "resume=auto"]
+    result = horovodrun(2, *command, "telemetry.port=null", cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    whole, resumed = weights(job["run"]), weights(folder / "second")
+    assert whole.keys() == resumed.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+    losses = [[(s["step"], s["loss"], s["penalty"]) for s in records(folder / r, "step")] for r in ("first", "second")]
+    assert losses[0] == losses[1], "each step stands once in the records"
+
+
+def test_one_two_and_three_workers_take_the_same_steps(folder: Path) -> None:
+    """The same global batches, augmentation included, whatever the world size: losses agree to float32's rounding."""
+    losses = []
+    for workers in (1, 2, 3):
+        run = folder / f"workers-{workers}"
+        command = [
+            sys.executable, "-m", "infomcr_dist.train", "recipe.yaml", f"run_dir={run}", "telemetry.port=null",
+            "epochs=3", "model=plain_net:build", "data.global_batch_size=48", "metric.trials=2",
+        ]  # fmt: skip
+        if workers == 1:
+            path = {"PYTHONPATH": str(WORKERS)}
+            result = subprocess.run(
+                command, cwd=folder, env=os.environ | path, capture_output=True, text=True, check=False
+            )
+        else:
+            result = horovodrun(workers, "env", f"PYTHONPATH={WORKERS}", *command, cwd=folder)
+        assert result.returncode == 0, result.stdout + result.stderr
+        epochs = [r["training_loss"] for r in records(run, "epoch")]
+        tests = [(r["loss"], r["top1_error_ratio"]) for r in records(run, "evaluation")]
+        gammas = [r["gamma_hat"] for r in records(run, "metric")]
+        losses.append((epochs, tests, gammas))
+    for other in losses[1:]:
+        assert other[0] == pytest.approx(losses[0][0], rel=1e-5)
+        assert [loss for loss, _ in other[1]] == pytest.approx([loss for loss, _ in losses[0][1]], rel=1e-5)
+        assert other[2] == pytest.approx(losses[0][2], rel=1e-3)
+
+
+# Bad input: one process, in this one, unless it takes several.
+
+
+def train(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run with a mistake; returns the line it was told."""
+    before = sorted(folder.rglob("*"))
+    assert main(["recipe.yaml", "telemetry.port=null", *arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert sorted(folder.rglob("*")) == before, "nothing is left behind"
+    return lines[0]
+
+
+@pytest.fixture
+def here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory of its own with the recipe, and the process's thread count restored."""
+    shutil.copy(folder / "recipe.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.path=nowhere"], "nowhere"),
+        (["optimizer.momentun=0.9"], "unknown setting optimizer.momentun: the nearest known one is optimizer.momentum"),
+        (["regularizer.sub_batch_size=7"], "regularizer.sub_batch_size must divide the local batch, got 7 and 64"),
+        (
+            ["regularizer.sub_batch_size=null", "regularizer.sub_batches=7"],
+            "sub_batches must divide the local batch, got 7",
+        ),
+        (
+            ["regularizer.way=sampled", "regularizer.sampled=9"],
+            "regularizer.sampled must be at most the number of sub-batch",
+        ),
+        (["model=resnet21"], "resnet20"),
+        (["resume=nowhere"], "resume: there is no checkpoint at nowhere"),
+        (["data.augmentation=flop"], "flop"),
+        (["other.yaml"], "give one recipe, then key=value settings, got recipe.yaml other.yaml"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert message in train(here, capsys, *arguments)
+
+
+def test_a_recipe_that_does_not_exist(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["nowhere.yaml"]) == 2
+    assert "error: recipe nowhere.yaml does not exist" in capsys.readouterr().err
+
+
+def test_a_port_in_use(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    port = free_port()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        line = train(here, capsys, f"telemetry.port={port}")
+    assert f"port {port} on 127.0.0.1 is in use" in line
+
+
+def test_a_run_directory_that_holds_a_run(here: Path, capsys: pytest.CaptureFixture[str], job: dict[str, Any]) -> None:
+    assert "holds a run already: go on from it with resume=auto" in train(here, capsys, f"run_dir={job['run']}")
+
+
+def test_resume_with_other_settings(here: Path, capsys: pytest.CaptureFixture[str], job: dict[str, Any]) -> None:
+    line = train(here, capsys, f"resume={job['run']}", "run_dir=other", "epochs=6", "model=wrn_18_1_5", "seed=3")
+    assert "was trained with other settings: model=wrn_18_1_5 (checkpoint: resnet20), seed=3 (checkpoint: 0)" in line
+    line = train(here, capsys, f"resume={job['run']}", "run_dir=other")
+    assert "has all of its 4 epochs behind it" in line
+
+
+def test_broken_shards(here: Path, capsys: pytest.CaptureFixture[str], small_data: Path) -> None:
+    def broken(name: str) -> Path:
+        shutil.copytree(small_data, here / name)
+        return here / name
+
+    shard = next(iter(sorted((broken("gone") / "train").glob("*.tar"))))
+    shard.unlink()
+    assert shard.name in train(here, capsys, "data.path=gone")
+    shard = next(iter(sorted((broken("empty") / "train").glob("*.tar"))))
+    shard.write_bytes(b"")
+    assert shard.name in train(here, capsys, "data.path=empty")
+    manifest = broken("none") / "manifest.json"
+    manifest.unlink()
+    assert "manifest.json" in train(here, capsys, "data.path=none")
+
+
+def test_no_room_for_a_checkpoint(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch.save
+
+    def full(state: object, file: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", full)
+    assert main(["recipe.yaml", "telemetry.port=null", "epochs=3", "run_dir=run", "metric.trials=0"]) == 2
+    monkeypatch.setattr(torch, "save", save)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(lines) == 1
+    assert re.match(r"error: run/checkpoints/epoch-0001.pt could not be written: .*No space left", lines[0])
+    assert list((here / "run" / "checkpoints").iterdir()) == []
+
+
+def test_more_workers_than_images(small_data: Path) -> None:
+    dataset = open_dataset(small_data)
+    config = load_config(Config, None, ["data.batch_size=4", "regularizer.sub_batches=2"])
+    with pytest.raises(ValueError, match="has 260 training images, fewer than the 300 workers"):
+        _plan(config, dataset, workers=300)
+    config = load_config(Config, None, ["data.global_batch_size=8", "regularizer.sub_batches=2"])
+    with pytest.raises(ValueError, match="global_batch_size must be a multiple of the number of workers"):
+        _plan(config, dataset, workers=3)
+    with pytest.raises(ValueError, match="global_batch_size must be at least the number of workers, got 8 and 16"):
+        _plan(config, dataset, workers=16)
+
+
+def test_a_mistake_on_two_workers_is_told_once(folder: Path) -> None:
+    result = horovodrun(2, sys.executable, "-m", "infomcr_dist.train", "recipe.yaml", "epoch=3", cwd=folder)
+    output = result.stdout + result.stderr
+    assert result.returncode != 0
+    assert output.count("error: unknown setting epoch: the nearest known one is epochs") == 1
+    assert "Exit code: 2" in output
+    assert "[0]<stderr>:Traceback" not in output
+    assert "[1]<stderr>:Traceback" not in output
