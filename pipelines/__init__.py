@@ -1,18 +1,25 @@
 """Shards in, batches out: a data set of tar shards, the exact order of its samples, and loaders that decode them."""
 
 from collections.abc import Iterable, Iterator
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from .order import Order, Part, evaluation_parts
+from .reader import OnError
 from .shards import Dataset, Split, open_dataset
 
 __all__ = ["Dataset", "Loader", "Order", "Part", "Split", "evaluation_parts", "open_dataset", "open_loader"]
 
+Backend = Literal["dali", "torch", "synthetic"]
+
 
 class Loader(Protocol):
     """What every backend offers."""
+
+    @property
+    def skipped(self) -> dict[int, str]:
+        """With on_error="skip": why samples were left out so far, by sample id, on this rank."""
 
     def batches(self, parts: Iterable[Part]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """For each part, images float32 (B, 3, size, size), (x/255 - mean)/std, and labels int64 (B,), on the device.
@@ -28,8 +35,9 @@ class Loader(Protocol):
 def open_loader(
     split: Split,
     *,
-    backend: Literal["dali"] = "dali",
+    backend: Backend = "dali",
     augmentation: str = "none",
+    color_jitter: float = 0.0,
     size: int,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
@@ -38,32 +46,49 @@ def open_loader(
     device: torch.device,
     threads: int = 2,
     prefetch: int = 3,
-    on_error: Literal["stop"] = "stop",
+    on_error: OnError = "stop",
 ) -> Loader:
     """A loader of `split`.
 
-    augmentation: a name in `pipelines.augment`; size: side of the images in pixels; batch_size: the largest part;
-    threads: for reading, and again for decoding; prefetch: parts read ahead. ValueError for a bad setting, and from the
-    iteration for a sample that cannot be read or decoded.
+    backend: "dali", "torch" (simplejpeg and OpenCV in threads) or "synthetic" (random images); augmentation: a name in
+    `pipelines.augment`; color_jitter: largest relative change of brightness, contrast and saturation; size: side of the
+    images in pixels; batch_size: the largest part; threads: for reading, and with DALI as many again for decoding;
+    prefetch: parts read ahead; on_error: "stop" at a sample that cannot be read or decoded, or "skip" it, the next one
+    that can be standing in. ValueError for a bad setting, and from the iteration for bad data.
     """
     for name, value in (("size", size), ("batch_size", batch_size), ("threads", threads), ("prefetch", prefetch)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if on_error != "stop":
-        raise ValueError(f"on_error must be stop, got {on_error!r}")
-    if backend == "dali":
-        from .dali import DaliLoader
+    if not 0 <= color_jitter < 1:
+        raise ValueError(f"color_jitter must be in 0..1, 1 excluded, got {color_jitter}")
+    if backend == "synthetic":
+        from .synthetic import SyntheticLoader
 
-        return DaliLoader(
-            split,
-            augmentation=augmentation,
-            size=size,
-            mean=mean,
-            std=std,
-            seed=seed,
-            batch_size=batch_size,
-            device=device,
-            threads=threads,
-            prefetch=prefetch,
-        )
-    raise ValueError(f"backend must be dali, got {backend!r}")
+        return SyntheticLoader(split, size=size, seed=seed, batch_size=batch_size, device=device)
+    settings: dict[str, Any] = {
+        "augmentation": augmentation,
+        "color_jitter": color_jitter,
+        "size": size,
+        "mean": mean,
+        "std": std,
+        "seed": seed,
+        "batch_size": batch_size,
+        "device": device,
+        "threads": threads,
+        "prefetch": prefetch,
+        "on_error": on_error,
+    }
+    # Imported here, so that a machine needs the libraries of the backend it uses and no other.
+    if backend == "dali":
+        try:
+            from .dali import DaliLoader
+        except ModuleNotFoundError as error:
+            raise ValueError(f"backend dali needs the module {error.name}; install it or use torch") from None
+        return DaliLoader(split, **settings)
+    if backend == "torch":
+        try:
+            from .indexed import TorchLoader
+        except ModuleNotFoundError as error:
+            raise ValueError(f"backend torch needs the module {error.name}; install it or use dali") from None
+        return TorchLoader(split, **settings)
+    raise ValueError(f"backend must be dali, torch or synthetic, got {backend!r}")

@@ -1,9 +1,11 @@
 """The one definition of every augmentation, as geometry drawn from counter-based random numbers.
 
 An image becomes a sample in these steps, which every backend carries out alike:
-1. take the box (`anchor`, `shape`) of the stored image, 2. resize it to size x size (bilinear), 3. move it by `shift`,
-zeros entering at the border, 4. mirror it left to right, 5. normalize. The numbers depend on (seed, epoch, position)
-alone, so pixels are the same at any world size and after any resume.
+1. take the box (`anchor`, `shape`) of the stored image,
+2. resize it to size x size: bilinear, with an antialiasing triangular filter along the sides that shrink,
+3. change its colours by the affine map `color`, rounded and clipped to 0..255,
+4. move it by `shift`, zeros entering at the border, 5. mirror it left to right, 6. normalize.
+The numbers depend on (seed, epoch, position) alone, so pixels are the same at any world size and after any resume.
 """
 
 from dataclasses import dataclass
@@ -20,10 +22,14 @@ _ATTEMPTS = 10  # of random_resized_crop before it falls back to the largest one
 
 @dataclass(frozen=True)
 class Augmentation:
-    """flip: mirror half of the images; pad: largest shift in pixels; area, ratio: box of random_resized_crop."""
+    """flip: mirror half of the images; pad: largest shift in pixels; area, ratio: box of random_resized_crop.
+
+    center: side of a central square box, as a share of the shorter side; 7/8 is the usual 224 of 256.
+    """
 
     flip: bool = False
     pad: int = 0
+    center: float | None = None
     area: tuple[float, float] | None = None
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
@@ -34,17 +40,25 @@ AUGMENTATIONS = {
     "crop1_flip": Augmentation(flip=True, pad=1),
     "crop4_flip": Augmentation(flip=True, pad=4),
     "random_resized_crop": Augmentation(flip=True, area=(0.08, 1.0)),
+    "center_crop": Augmentation(center=7 / 8),
 }
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """anchor, shape: box in the stored image, (B, 2) as y, x; shift: (B, 2) as y, x; mirror: (B,) of 0 and 1."""
+    """anchor, shape: box in the stored image, (B, 2) as y, x; shift: (B, 2) as y, x; mirror: (B,) of 0 and 1.
+
+    jitter: brightness, contrast and saturation, (B, 3), 1 being no change.
+    """
 
     anchor: Ints
     shape: Ints
     shift: Ints
     mirror: Ints
+    jitter: NDArray[np.float32]
+
+    def __getitem__(self, item: slice) -> "Geometry":
+        return Geometry(self.anchor[item], self.shape[item], self.shift[item], self.mirror[item], self.jitter[item])
 
 
 def augmentation(name: str) -> Augmentation:
@@ -76,19 +90,41 @@ def draw(
     positions: NDArray[np.int64],
     heights: NDArray[np.int32],
     widths: NDArray[np.int32],
+    color_jitter: float = 0.0,
 ) -> Geometry:
-    """Geometry of the samples at `positions` of `epoch`, whose stored images measure heights x widths."""
+    """Geometry of the samples at `positions` of `epoch`, whose stored images measure heights x widths.
+
+    color_jitter: brightness, contrast and saturation are uniform in 1 - color_jitter .. 1 + color_jitter.
+    """
     u = uniform(seed, epoch, positions)
     sides = np.stack([heights, widths], axis=1).astype(np.int32)
     if augmentation.area:
         shape = _box_shapes(augmentation.area, augmentation.ratio, sides, u[:, 4:14], u[:, 14:24])
         anchor = np.floor(u[:, 1:3] * (sides - shape + 1)).astype(np.int32)
+    elif augmentation.center:
+        side = np.maximum(np.rint(augmentation.center * sides.min(axis=1)), 1).astype(np.int32)
+        shape = np.stack([side, side], axis=1)
+        anchor = (sides - shape) // 2
     else:
         shape, anchor = sides, np.zeros_like(sides)
     pad = augmentation.pad
     shift = np.floor(u[:, 1:3] * (2 * pad + 1)).astype(np.int32) - pad
     mirror = (u[:, 0] < 0.5).astype(np.int32) if augmentation.flip else np.zeros(len(u), np.int32)
-    return Geometry(anchor, shape, shift if pad else np.zeros_like(sides), mirror)
+    jitter = (1 + color_jitter * (2 * u[:, 24:27] - 1)).astype(np.float32)
+    return Geometry(anchor, shape, shift if pad else np.zeros_like(sides), mirror, jitter)
+
+
+def color_map(jitter: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The affine map of RGB in 0..255 that one (brightness, contrast, saturation) stands for, (3, 4).
+
+    Saturation blends with the luma, contrast scales about 128, then brightness scales.
+    """
+    brightness, contrast, saturation = (float(value) for value in jitter)
+    matrix = np.empty((3, 4))
+    luma = np.array([0.299, 0.587, 0.114])
+    matrix[:, :3] = (saturation * np.eye(3) + (1 - saturation) * luma) * brightness * contrast
+    matrix[:, 3] = 128 * (1 - contrast) * brightness
+    return matrix.astype(np.float32)
 
 
 def _box_shapes(

@@ -5,6 +5,7 @@ draws no random number and knows no order, so nothing in it depends on the world
 nothing is built again for an epoch. On a GPU, decoding is "mixed" and the rest runs on the GPU.
 """
 
+import io
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -16,13 +17,13 @@ import numpy as np
 import nvidia.dali.fn as fn
 import nvidia.dali.types
 import torch
-from numpy.typing import NDArray
 from nvidia.dali.pipeline import Pipeline
+from PIL import Image
 from torch.utils.dlpack import from_dlpack
 
 from . import augment
-from .order import Part
-from .reader import Files, Workers, chunks, gather
+from .order import Ids, Part
+from .reader import Faults, Files, OnError, SampleError, Workers, chunks
 from .shards import Split
 
 types: Any = nvidia.dali.types  # its members are made at import, unseen by type checkers
@@ -33,10 +34,11 @@ _DEPTH = 2
 
 @dataclass
 class _Read:
-    """A part whose encoded images are on their way."""
+    """A part whose encoded images are on their way, and the samples that really stand in it."""
 
     part: Part
-    encoded: list[Future[list[bytes]]]
+    samples: Ids
+    tasks: list[Future[list[bytes]]]
 
 
 @dataclass
@@ -44,6 +46,7 @@ class _Run:
     """A part inside DALI, which reads `encoded` without a copy: the bytes must stay."""
 
     part: Part
+    samples: Ids
     encoded: list[bytes]
 
 
@@ -55,6 +58,7 @@ class DaliLoader:
         split: Split,
         *,
         augmentation: str,
+        color_jitter: float,
         size: int,
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
@@ -63,23 +67,27 @@ class DaliLoader:
         device: torch.device,
         threads: int,
         prefetch: int,
+        on_error: OnError,
     ) -> None:
-        self._split, self._augmentation, self._seed = split, augment.augmentation(augmentation), seed
-        self._size, self._mean, self._std = size, mean, std
-        self._batch_size, self._device, self._threads, self._prefetch = batch_size, device, threads, prefetch
+        self._split, self._seed, self._size, self._device = split, seed, size, device
+        self._augmentation, self._color_jitter = augment.augmentation(augmentation), color_jitter
+        self._mean, self._std = mean, std
+        self._batch_size, self._threads, self._prefetch = batch_size, threads, prefetch
         self._heights, self._widths = split.index["height"], split.index["width"]
-        self._resizes = bool(self._augmentation.area) or bool(
-            (self._heights != size).any() or (self._widths != size).any()
-        )
-        # DALI takes away inputs that nothing uses, and refuses to be fed them.
-        self._inputs = ["encoded", "mirror"]
-        self._inputs += ["anchor", "shape"] if self._augmentation.area else []
-        self._inputs += ["shift"] if self._augmentation.pad else []
-        self._files = Files(split, threads)
+        self._labels = split.labels
+        self._boxes = bool(self._augmentation.area or self._augmentation.center)
+        self._resizes = self._boxes or bool((self._heights != size).any() or (self._widths != size).any())
+        self._files, self._faults = Files(split, threads), Faults(split, on_error)
         self._workers = Workers(threads)
         self._pipeline: Pipeline | None = None
+        self._inputs: list[str] = []
         self._running: deque[_Run] = deque()
         self._iteration = 0
+
+    @property
+    def skipped(self) -> dict[int, str]:
+        """Why samples were left out, by id (on_error="skip")."""
+        return self._faults.skipped
 
     def batches(self, parts: Iterable[Part]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(images, labels) of each part; an earlier, unfinished iteration of this loader ends by this call."""
@@ -90,74 +98,140 @@ class DaliLoader:
         """Ends the threads and frees the pipeline."""
         self._iteration += 1
         self._workers.close()
+        self._running.clear()
         self._pipeline = None
 
     def _batches(self, parts: Iterator[Part], iteration: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self._drain()
         reads: deque[_Read] = deque()
-        while True:
-            if iteration != self._iteration:
-                raise RuntimeError("this iteration ended when another one of the same loader began, or it was closed")
-            while len(reads) < self._prefetch and (part := next(parts, None)) is not None:
-                reads.append(self._read(part))
-            while reads and len(self._running) < _DEPTH:
-                # Never wait for the disk while a finished batch is at hand.
-                if self._running and not all(future.done() for future in reads[0].encoded):
-                    break
-                self._run(reads.popleft())
-            if not self._running:
-                return
-            yield self._take()
+        try:
+            while True:
+                if iteration != self._iteration:
+                    raise RuntimeError("this iteration ended when another one of the loader began, or it was closed")
+                while len(reads) < self._prefetch and (part := next(parts, None)) is not None:
+                    reads.append(self._read(part))
+                while reads and len(self._running) < _DEPTH:
+                    # Never wait for the disk while a finished batch is at hand.
+                    if self._running and not all(task.done() for task in reads[0].tasks):
+                        break
+                    self._run(reads.popleft())
+                if not self._running:
+                    return
+                yield self._take()
+        finally:
+            for read in reads:
+                for task in read.tasks:
+                    task.cancel()
 
     def _read(self, part: Part) -> _Read:
         if len(part.samples) > self._batch_size:
             raise ValueError(f"batch_size must hold the largest part, got {self._batch_size} and {len(part.samples)}")
+        samples = part.samples.copy()
 
-        def read(samples: list[int]) -> list[bytes]:
-            return [self._files.read(sample) for sample in samples]
+        def read(piece: slice) -> list[bytes]:
+            encoded = []
+            for row in range(piece.start, piece.stop):
+                samples[row], image = self._read_one(int(samples[row]))
+                encoded.append(image)
+            return encoded
 
-        pieces = [part.samples[piece].tolist() for piece in chunks(part.samples, self._threads)]
-        return _Read(part, [self._workers.submit(partial(read, piece)) for piece in pieces])
+        tasks = [self._workers.submit(partial(read, piece)) for piece in chunks(samples, self._threads)]
+        return _Read(part, samples, tasks)
+
+    def _read_one(self, sample: int) -> tuple[int, bytes]:
+        """The encoded image of `sample`, or of the one that stands in for it, and which it is."""
+        while True:
+            try:
+                return sample, self._files.read(sample)
+            except SampleError as error:
+                sample = self._faults.substitute(sample, error)
 
     def _run(self, read: _Read) -> None:
-        encoded = [image for future in read.encoded for image in gather(future, self._files)]
-        if encoded:
-            self._feed(encoded, self._draw(read.part))
-            assert self._pipeline is not None
+        encoded = [image for task in read.tasks for image in self._files.gather(task)]
+        self._running.append(_Run(read.part, read.samples, encoded))
+        try:
+            self._schedule(self._running[-1])
+        except RuntimeError as error:
+            self._repair(error)
+
+    def _schedule(self, run: _Run) -> None:
+        if run.encoded:
+            self._pipeline = self._pipeline or self._build()
+            self._feed(self._pipeline, run.encoded, self._draw(run))
             self._pipeline.schedule_run()
-        self._running.append(_Run(read.part, encoded))
 
-    def _draw(self, part: Part) -> augment.Geometry:
-        heights, widths = self._heights[part.samples], self._widths[part.samples]
-        return augment.draw(self._augmentation, self._seed, part.epoch, part.positions, heights, widths)
-
-    def _feed(self, encoded: list[bytes], geometry: augment.Geometry) -> None:
-        if self._pipeline is None:
-            self._pipeline = self._build()
-            self._prime(self._pipeline, encoded[0], geometry)
-        _feed(self._pipeline, self._inputs, encoded, geometry)
+    def _draw(self, run: _Run) -> augment.Geometry:
+        heights, widths = self._heights[run.samples], self._widths[run.samples]
+        part = run.part
+        return augment.draw(
+            self._augmentation, self._seed, part.epoch, part.positions, heights, widths, self._color_jitter
+        )
 
     def _take(self) -> tuple[torch.Tensor, torch.Tensor]:
-        part = self._running[0].part
-        labels = torch.from_numpy(self._split.index["label"][part.samples].astype(np.int64)).to(self._device)
-        if len(part.samples) == 0:
-            images = torch.empty((0, 3, self._size, self._size), device=self._device)
+        run = self._running[0]
+        if run.encoded:
+            while True:
+                try:
+                    images = self._outputs()
+                    break
+                except RuntimeError as error:
+                    self._repair(error)
         else:
-            assert self._pipeline is not None
-            try:
-                # DALI's default executor hands over the memory: it is not written to again while a tensor refers to it.
-                images = from_dlpack(self._pipeline.outputs()[0].as_tensor())
-            except RuntimeError as error:
-                self._pipeline = None  # after an error its counts drift
-                self._running.clear()
-                raise ValueError(f"cannot decode a sample of {self._split.name}: {error}") from error
+            images = torch.empty((0, 3, self._size, self._size), device=self._device)
         self._running.popleft()
-        return images, labels
+        return images, torch.from_numpy(self._labels[run.samples]).to(self._device)
+
+    def _outputs(self) -> torch.Tensor:
+        assert self._pipeline is not None
+        # DALI's default executor hands over the memory: it is not written to again while a tensor refers to it.
+        return from_dlpack(self._pipeline.outputs()[0].as_tensor())
+
+    def _repair(self, error: RuntimeError) -> None:
+        """Puts substitutes for what cannot be decoded in the batches under way, and starts them again.
+
+        After an error a DALI pipeline is of no more use, and it does not say which sample was at fault.
+        """
+        self._pipeline = None
+        under_way = list(self._running)
+        self._running.clear()  # stays empty if there is no substitute
+        if not sum(self._substitute(run, row) for run in under_way for row in range(len(run.encoded))):
+            raise error
+        self._running.extend(under_way)
+        for run in under_way:
+            self._schedule(run)
+
+    def _substitute(self, run: _Run, row: int) -> bool:
+        """Replaces that sample of `run` until it can be decoded; returns whether it had to."""
+        one = slice(row, row + 1)
+        replaced = False
+        while not self._decodes(run.encoded[row], self._draw(run)[one]):
+            replaced = True
+            sample = int(run.samples[row])
+            fault = SampleError(f"cannot decode {self._split.where(sample)}: truncated, damaged, or no image")
+            run.samples[row], run.encoded[row] = self._read_one(self._faults.substitute(sample, fault))
+        return replaced
+
+    def _decodes(self, encoded: bytes, geometry: augment.Geometry) -> bool:
+        self._pipeline = self._pipeline or self._build()
+        try:
+            self._feed(self._pipeline, [encoded], geometry)
+            self._pipeline.schedule_run()
+            self._pipeline.outputs()
+        except RuntimeError:
+            self._pipeline = None
+            return False
+        return True
 
     def _drain(self) -> None:
-        """Takes the batches an abandoned iteration left in the pipeline."""
-        while self._running:
-            self._take()
+        """Drops what an abandoned iteration left in the pipeline."""
+        if self._running and self._pipeline is not None:
+            try:
+                for run in self._running:
+                    if run.encoded:
+                        self._pipeline.outputs()
+            except RuntimeError:
+                self._pipeline = None
+        self._running.clear()
 
     def _build(self) -> Pipeline:
         gpu = self._device.type == "cuda"
@@ -169,28 +243,34 @@ class DaliLoader:
             exec_dynamic=True,
         )
         side = [self._size, self._size]
-        # Stored pixels count, as everywhere else in training: an EXIF orientation is applied when data is prepared.
+        # The stored pixels count; an EXIF orientation is applied when data is prepared.
         decoding = {"device": "mixed" if gpu else "cpu", "output_type": types.RGB, "adjust_orientation": False}
+        self._inputs = []
+
+        def source(name: str, dtype: Any, ndim: int, **more: Any) -> Any:
+            self._inputs.append(name)
+            return fn.external_source(name=name, dtype=dtype, ndim=ndim, batch=True, **more)
+
         with pipeline:
-            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, batch=True, no_copy=True)
-            anchor, shape, shift = (
-                fn.external_source(name=name, dtype=types.INT32, ndim=1, batch=True)
-                for name in ("anchor", "shape", "shift")
-            )
-            mirror = fn.external_source(name="mirror", dtype=types.INT32, ndim=0, batch=True)
-            if self._augmentation.area:
-                images = fn.decoders.image_slice(encoded, start=anchor, shape=shape, axes=[0, 1], **decoding)
+            images = source("encoded", types.UINT8, 1, no_copy=True)
+            if self._boxes:
+                box = {"start": source("anchor", types.INT32, 1), "shape": source("shape", types.INT32, 1)}
+                images = fn.decoders.image_slice(images, **box, axes=[0, 1], **decoding)
             else:
-                images = fn.decoders.image(encoded, **decoding)
+                images = fn.decoders.image(images, **decoding)
             if self._resizes:
                 images = fn.resize(images, size=side, interp_type=types.INTERP_LINEAR, antialias=True)
+            if self._color_jitter:
+                changes = {name: source(name, types.FLOAT, 0) for name in ("brightness", "contrast", "saturation")}
+                images = fn.color_twist(images, **changes)
             if self._augmentation.pad:
+                shift = source("shift", types.INT32, 1)
                 images = fn.slice(
                     images, start=shift, shape=side, axes=[0, 1], out_of_bounds_policy="pad", fill_values=0
                 )
             images = fn.crop_mirror_normalize(
                 images,
-                mirror=mirror,
+                mirror=source("mirror", types.INT32, 0) if self._augmentation.flip else 0,
                 dtype=types.FLOAT,
                 output_layout="CHW",
                 mean=[255 * value for value in self._mean],
@@ -198,25 +278,32 @@ class DaliLoader:
             )
             pipeline.set_outputs(images)
         pipeline.build()
-        return pipeline
-
-    def _prime(self, pipeline: Pipeline, image: bytes, geometry: augment.Geometry) -> None:
         # The first schedule_run runs the pipeline _DEPTH times at once; give it something to eat.
-        one = augment.Geometry(geometry.anchor[:1], geometry.shape[:1], geometry.shift[:1], geometry.mirror[:1])
+        sides = np.full(1, 8, np.int32)
+        geometry = augment.draw(self._augmentation, 0, 0, np.zeros(1, np.int64), sides, sides)
         for _ in range(_DEPTH):
-            _feed(pipeline, self._inputs, [image], one)
+            self._feed(pipeline, [_tiny_jpeg()], geometry)
         pipeline.schedule_run()
         for _ in range(_DEPTH):
             pipeline.outputs()
+        return pipeline
+
+    def _feed(self, pipeline: Pipeline, encoded: list[bytes], geometry: augment.Geometry) -> None:
+        inputs: dict[str, Any] = {
+            "encoded": [np.frombuffer(image, np.uint8) for image in encoded],
+            "anchor": geometry.anchor,
+            "shape": geometry.shape,
+            "shift": geometry.shift,
+            "mirror": geometry.mirror,
+            "brightness": np.ascontiguousarray(geometry.jitter[:, 0]),
+            "contrast": np.ascontiguousarray(geometry.jitter[:, 1]),
+            "saturation": np.ascontiguousarray(geometry.jitter[:, 2]),
+        }
+        for name in self._inputs:
+            pipeline.feed_input(name, inputs[name])
 
 
-def _feed(pipeline: Pipeline, names: list[str], encoded: list[bytes], geometry: augment.Geometry) -> None:
-    inputs: dict[str, list[NDArray[np.uint8]] | NDArray[np.int32]] = {
-        "encoded": [np.frombuffer(image, np.uint8) for image in encoded],
-        "anchor": geometry.anchor,
-        "shape": geometry.shape,
-        "shift": geometry.shift,
-        "mirror": geometry.mirror,
-    }
-    for name in names:
-        pipeline.feed_input(name, inputs[name])
+def _tiny_jpeg() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG")
+    return buffer.getvalue()

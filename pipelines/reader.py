@@ -1,8 +1,10 @@
 """Encoded images by sample id: positioned reads from the shards, done ahead by a few threads.
 
-Errors become ValueErrors that name shard and sample; a read that hangs (a stalled network mount) is reported too.
+Errors name shard and sample. A fault of one sample is a SampleError, which `on_error="skip"` survives; a fault of a
+whole shard (missing, truncated, replaced, stalled) always ends the iteration.
 """
 
+import errno
 import os
 import queue
 import threading
@@ -10,17 +12,24 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from itertools import pairwise
+from typing import Literal, TypeVar
 
 import numpy as np
 
+from .order import Ids
 from .shards import Split, check_shard
 
 T = TypeVar("T")
+OnError = Literal["stop", "skip"]
 
 _HEADER_BYTES = 512
 _STALL_SECONDS = 60
 _OPEN_FILES = 256  # over all threads of a reader; the usual limit of a process is 1024
+
+
+class SampleError(ValueError):
+    """One sample cannot be read or decoded; the shard as such is in order."""
 
 
 class Workers:
@@ -47,18 +56,20 @@ class Workers:
         return future
 
     def close(self) -> None:
+        """Lets the threads end once the tasks before are done; does not wait."""
         for _ in self._threads:
             self._tasks.put(None)
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
             task()
+            del task  # it holds its result, and so a batch, until the next one comes
 
 
 class Files:
     """Reads samples of one split with at most 256 open descriptors; for use from `threads` threads.
 
-    A shard is checked against the index when it is opened, and every sample against the tar header before it, so a
+    A shard is checked against the index when it is opened, and every sample against the tar header before it, so that a
     shard replaced under a running job is noticed.
     """
 
@@ -74,23 +85,31 @@ class Files:
         thread = threading.get_ident()
         self._reading[thread] = (time.monotonic(), sample)
         try:
-            file = self._open(shard)
-            block = os.pread(file, _HEADER_BYTES + size, offset - _HEADER_BYTES)
+            block = os.pread(self._open(shard), _HEADER_BYTES + size, offset - _HEADER_BYTES)
         except OSError as error:
-            raise ValueError(f"cannot read {self._split.where(sample)}: {error.strerror}") from error
+            kind = SampleError if error.errno == errno.EIO else ValueError
+            raise kind(f"cannot read {self._split.where(sample)}: {error.strerror}") from error
         finally:
             del self._reading[thread]
         if len(block) != _HEADER_BYTES + size or block[257:262] != b"ustar" or _tar_number(block[124:136]) != size:
-            raise ValueError(
+            raise SampleError(
                 f"index and shard disagree at {self._split.where(sample)}: the shard was changed; "
                 "restore it or prepare the data set again"
             )
+        if not size:
+            raise SampleError(f"zero bytes: {self._split.where(sample)}")
         return block[_HEADER_BYTES:]
 
-    def waiting(self) -> str:
-        """Which sample the oldest unfinished read is about, for messages."""
-        reads = list(self._reading.values())
-        return self._split.where(min(reads)[1]) if reads else "no shard"
+    def gather(self, future: "Future[T]") -> T:
+        """The result of a task that reads; ValueError when it takes longer than a minute."""
+        try:
+            return future.result(timeout=_STALL_SECONDS)
+        except TimeoutError:
+            reads = list(self._reading.values())
+            place = self._split.where(min(reads)[1]) if reads else "decoding"
+            raise ValueError(
+                f"no sample came for {_STALL_SECONDS} s, waiting at {place}; is a disk or network mount stalled?"
+            ) from None
 
     def _open(self, shard: int) -> int:
         files: OrderedDict[int, _File] = self._local.__dict__.setdefault("files", OrderedDict())
@@ -103,6 +122,41 @@ class Files:
             if len(files) > self._limit:
                 files.popitem(last=False)
         return files[shard].descriptor
+
+
+class Faults:
+    """What becomes of a sample that cannot be read or decoded.
+
+    stop: its error is raised. skip: the next sample (by id, from the start again after the last) that can be decoded
+    stands in for it. The substitute depends on the data alone, so ranks stay in step and any world size trains on the
+    same images. skipped: what was left out so far, by sample id. More than one in a hundred is an error.
+    """
+
+    def __init__(self, split: Split, on_error: OnError) -> None:
+        if on_error not in ("stop", "skip"):
+            raise ValueError(f"on_error must be stop or skip, got {on_error!r}")
+        self._samples, self._on_error = len(split), on_error
+        self.skipped: dict[int, str] = {}
+
+    def substitute(self, sample: int, error: SampleError) -> int:
+        """The sample to try in place of `sample`; raises if there is none."""
+        if self._on_error == "stop":
+            raise error
+        self.skipped[sample] = str(error)
+        limit = max(self._samples // 100, min(10, self._samples - 1))
+        if len(self.skipped) > limit:
+            raise ValueError(
+                f"{len(self.skipped)} of {self._samples} samples cannot be decoded, more than on_error=skip allows; "
+                f"the last: {error}; see which with: python -m pipelines.verify"
+            )
+        return (sample + 1) % self._samples
+
+
+def chunks(samples: Ids, threads: int) -> list[slice]:
+    """A batch in pieces, a few a thread so that threads end together."""
+    pieces = max(min(len(samples), 4 * threads), 1)
+    bounds = np.linspace(0, len(samples), pieces + 1).astype(int).tolist()
+    return [slice(start, stop) for start, stop in pairwise(bounds) if start < stop]
 
 
 class _File:
@@ -123,19 +177,3 @@ def _tar_number(field: bytes) -> int:
         return int(field.rstrip(b"\0 ") or b"0", 8)
     except ValueError:
         return -1
-
-
-def chunks(ids: np.ndarray, threads: int) -> list[np.ndarray]:
-    """Positions 0 .. len(ids)-1 in pieces, a few a thread, so that threads end together."""
-    pieces = min(len(ids), 4 * threads)
-    return np.array_split(np.arange(len(ids)), pieces) if pieces else []
-
-
-def gather(future: "Future[T]", files: Files) -> T:
-    """The result of a read; ValueError when it takes longer than a minute."""
-    try:
-        return future.result(timeout=_STALL_SECONDS)
-    except TimeoutError:
-        raise ValueError(
-            f"a read has taken over {_STALL_SECONDS} s: {files.waiting()}; is its disk or network mount stalled?"
-        ) from None

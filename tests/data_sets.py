@@ -43,6 +43,13 @@ def make_folder(
     return root
 
 
+def imagenet(factory: pytest.TempPathFactory) -> Path:
+    """The sample of ImageNet at 128 x 128, made once a run."""
+    dest = factory.getbasetemp() / "imagenet-128"
+    prepare(shared("imagenet-sample-250.tar"), dest, Options(size=128, shard_size=100))
+    return dest
+
+
 def make_data_set(folder: Path, shard_size: int = 7, per_class: int = 12, size: int = 0, **sides: int) -> Dataset:
     make_folder(folder / "source", per_class, **sides)
     options = Options(size=size, shard_size=shard_size, processes=1, test_fraction=0.25)

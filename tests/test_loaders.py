@@ -1,13 +1,16 @@
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from data_sets import make_data_set
+from data_sets import imagenet, make_data_set
 from PIL import Image
 
-from pipelines import Dataset, Loader, Order, Part, evaluation_parts, open_loader
+from pipelines import Dataset, Loader, Order, Part, augment, evaluation_parts, open_dataset, open_loader
 from pipelines.reader import Files
 
 AUGMENTATIONS = ("none", "flip", "crop1_flip", "crop4_flip", "random_resized_crop", "center_crop")
@@ -179,3 +182,171 @@ def test_a_part_larger_than_the_batch_size_is_refused(dataset: Dataset, backend:
     with pytest.raises(ValueError, match="batch_size must hold the largest part, got 4 and 5"):
         next(loader.batches(evaluation_parts(27, 5, 0, 1)))
     loader.close()
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "size"), [("random_resized_crop", 32), ("random_resized_crop", 20), ("center_crop", 24)]
+)
+def test_boxes_are_resized_as_pillow_does(tmp_path: Path, backend: str, augmentation: str, size: int) -> None:
+    dataset = make_data_set(tmp_path, per_class=8, height=48, width=40)
+    part = next(evaluation_parts(len(dataset.splits["train"]), 32, 0, 1))
+    loader = open_train(dataset, backend, augmentation, size=size)
+    images = pixels(dataset, next(loader.batches([part]))[0])
+    sides = np.full(len(part.samples), 48, np.int32), np.full(len(part.samples), 40, np.int32)
+    geometry = augment.draw(augment.AUGMENTATIONS[augmentation], 5, part.epoch, part.positions, *sides)
+    for row, (image, stored) in enumerate(zip(images, decoded(dataset, part.samples), strict=True)):
+        (y, x), (height, width) = geometry.anchor[row].tolist(), geometry.shape[row].tolist()
+        box = Image.fromarray(stored[y : y + height, x : x + width])
+        expected = np.asarray(box.resize((size, size), Image.Resampling.BILINEAR), float)
+        expected = expected[:, ::-1] if geometry.mirror[row] else expected
+        # One level for rounding, one for the chroma at the edge of a box decoded on its own. At the border of an image
+        # that shrinks, DALI repeats the last pixel where Pillow leaves it off.
+        np.testing.assert_allclose(image[2:-2, 2:-2], expected[2:-2, 2:-2], atol=2.01)
+        np.testing.assert_allclose(image, expected, atol=12)
+    loader.close()
+
+
+def test_color_jitter_is_an_affine_map_clipped(dataset: Dataset, backend: str) -> None:
+    part = next(evaluation_parts(27, 32, 0, 1))
+    loader = open_train(dataset, backend, "none", color_jitter=0.5)
+    images = pixels(dataset, next(loader.batches([part]))[0])
+    jitter = 1 + 0.5 * (2 * augment.uniform(5, 0, part.positions)[:, 24:27] - 1)
+    for image, stored, (brightness, contrast, saturation) in zip(
+        images, decoded(dataset, part.samples).astype(float), jitter, strict=True
+    ):
+        luma = (stored @ [0.299, 0.587, 0.114])[..., None]
+        expected = (contrast * (saturation * stored + (1 - saturation) * luma - 128) + 128) * brightness
+        np.testing.assert_allclose(image, np.clip(np.rint(expected), 0, 255), atol=1.01)
+    assert len(np.unique(jitter)) == jitter.size
+    loader.close()
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+@pytest.mark.parametrize("color_jitter", [0.0, 0.3])
+def test_the_two_backends_agree(
+    augmentation: str, color_jitter: float, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    dataset = open_dataset(imagenet(tmp_path_factory))
+    order = Order(len(dataset.splits["train"]), 50, seed=1)
+    settings = {"size": 112, "batch_size": 50, "color_jitter": color_jitter}
+    loaders = [open_train(dataset, backend, augmentation, **settings) for backend in ("dali", "torch")]
+    for (images, labels), (others, other_labels) in zip(
+        *(loader.batches(order.parts(0, 0, 1)) for loader in loaders), strict=True
+    ):
+        assert torch.equal(labels, other_labels)
+        difference = np.abs(pixels(dataset, images) - pixels(dataset, others))
+        # Two roundings (resize, colours) of at most one level, the first stretched by contrast and brightness.
+        assert difference.max() < (2.01 if color_jitter == 0 else 5.01)
+        assert difference.mean() < 0.3
+    for loader in loaders:
+        loader.close()
+
+
+def damage(dataset: Dataset, sample: int, data: bytes) -> None:
+    """Overwrites the first bytes of a stored image, or cuts it short by filling its end with zeros."""
+    entry = dataset.splits["train"].index[sample]
+    with dataset.splits["train"].shards[entry["shard"]].path.open("r+b") as file:
+        file.seek(int(entry["offset"]))
+        file.write(data[: int(entry["size"])])
+
+
+@pytest.mark.parametrize("augmentation", ["none", "random_resized_crop"])
+def test_skip_puts_the_same_substitute_at_any_world_size(tmp_path: Path, backend: str, augmentation: str) -> None:
+    dataset = make_data_set(tmp_path)
+    split = dataset.splits["train"]
+    damage(dataset, 4, bytes(10_000))
+    damage(dataset, 5, b"<html>502 Bad Gateway</html>")
+    damage(dataset, 26, b"")
+    entry = split.index[26]
+    with split.shards[entry["shard"]].path.open("r+b") as file:  # the tar header before the image
+        file.seek(int(entry["offset"]) - 512)
+        file.write(bytes(512))
+    order = Order(len(split), 8, seed=2)
+    loader = open_train(dataset, backend, augmentation, on_error="skip")
+    whole = list(loader.batches(order.parts(0, 0, 1)))
+    assert sorted(loader.skipped) == [4, 5, 26]
+    assert "cannot decode" in loader.skipped[4]
+    assert "index and shard disagree" in loader.skipped[26]
+    substitute = {4: 6, 5: 6, 26: 0}
+    seen = [substitute.get(sample, sample) for sample in order.sequence(0).tolist()]
+    assert torch.equal(torch.cat([labels for _, labels in whole]), torch.from_numpy(split.labels[seen]))
+    if augmentation == "none":
+        expected = decoded(dataset, np.array(seen))
+        np.testing.assert_allclose(pixels(dataset, torch.cat([images for images, _ in whole])), expected, atol=1.01)
+    for size in (2, 3, 8):
+        ranks = [list(loader.batches(order.parts(0, rank, size))) for rank in range(size)]
+        for step, (images, labels) in enumerate(whole):
+            assert torch.equal(torch.cat([batches[step][0] for batches in ranks]), images)
+            assert torch.equal(torch.cat([batches[step][1] for batches in ranks]), labels)
+    loader.close()
+
+
+def test_skip_ends_when_too_much_is_damaged(tmp_path: Path, backend: str) -> None:
+    dataset = make_data_set(tmp_path)
+    for sample in range(12):
+        damage(dataset, sample, bytes(10_000))
+    loader = open_train(dataset, backend, on_error="skip")
+    with pytest.raises(ValueError, match=r"11 of 27 samples cannot be decoded, more than on_error=skip allows"):
+        list(loader.batches(evaluation_parts(27, 8, 0, 1)))
+    loader.close()
+
+
+def test_skip_does_not_hide_a_missing_shard(tmp_path: Path, backend: str) -> None:
+    dataset = make_data_set(tmp_path)
+    dataset.splits["train"].shards[2].path.unlink()
+    loader = open_train(dataset, backend, on_error="skip")
+    with pytest.raises(ValueError, match=r"cannot read .*000002\.tar, sample .*No such file"):
+        list(loader.batches(evaluation_parts(27, 8, 0, 1)))
+    loader.close()
+
+
+def test_a_stalled_mount_is_an_error(tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = make_data_set(tmp_path)
+    shard = dataset.splits["train"].shards[1].path
+    shard.unlink()
+    os.mkfifo(shard)  # opening it waits for a writer that never comes
+    monkeypatch.setattr("pipelines.reader._STALL_SECONDS", 0.2)
+    loader = open_train(dataset, backend, on_error="skip")
+    with pytest.raises(ValueError, match=r"waiting at .*000001\.tar, sample .*; is a disk or network mount stalled\?"):
+        list(loader.batches(evaluation_parts(27, 27, 0, 1)))
+    with shard.open("wb"):  # lets the waiting threads go
+        loader.close()
+
+
+def test_synthetic_batches_have_the_shapes_and_labels_of_the_parts(dataset: Dataset) -> None:
+    loader = open_train(dataset, "synthetic")
+    parts = [Part(0, 0, np.arange(0), np.arange(0), 3), *Order(27, 10, 0).parts(0, 0, 1)]
+    for part, (images, labels) in zip(parts, loader.batches(parts), strict=True):
+        assert images.shape == (len(part.samples), 3, 32, 32)
+        np.testing.assert_array_equal(labels.numpy(), dataset.splits["train"].labels[part.samples])
+    loader.close()
+
+
+def test_memory_is_used_again_only_when_the_tensor_is_gone(dataset: Dataset) -> None:
+    loader = open_train(dataset, "torch", "flip", prefetch=1)
+    parts = list(Order(27, 3, 0).parts(0, 0, 1))
+    addresses = [images.data_ptr() for images, _ in loader.batches(parts)]
+    assert len(set(addresses)) < len(parts)
+    kept = [images[:1] for images, _ in loader.batches(parts)]
+    assert len({images.data_ptr() for images in kept}) == len(parts)
+    loader.close()
+
+
+@pytest.mark.parametrize("missing", ["nvidia.dali", "simplejpeg"])
+def test_a_backend_needs_only_its_own_libraries(dataset: Dataset, missing: str) -> None:
+    other, own = ("torch", "dali") if missing == "nvidia.dali" else ("dali", "torch")
+    script = f"""
+import sys; sys.modules["{missing}"] = None; sys.modules["{missing.split(".")[0]}"] = None
+import torch, pipelines
+data = pipelines.open_dataset({str(dataset.path)!r})
+more = dict(size=32, mean=data.mean, std=data.std, batch_size=8, device=torch.device("cpu"))
+loader = pipelines.open_loader(data.splits["train"], backend="{other}", **more)
+print(next(loader.batches(pipelines.evaluation_parts(8, 8, 0, 1)))[0].shape)
+try: pipelines.open_loader(data.splits["train"], backend="{own}", **more)
+except ValueError as error: print(error)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert "torch.Size([8, 3, 32, 32])" in result.stdout, result.stderr
+    assert f"backend {own} needs the module" in result.stdout
