@@ -41,6 +41,10 @@ class DataSettings:
     """Images a step over all workers, split evenly; null where batch_size is given."""
     remainder: Literal["keep", "drop"] = "keep"
     """An epoch's last, smaller global batch: keep it, or drop it."""
+    train_images: int | None = None
+    """Train on so many of the training images, drawn by the seed; null: on all."""
+    holdout_images: int = 0
+    """Keep so many training images out, drawn by the seed, and evaluate on them in place of the test images."""
     threads: int = 1
     """Decoding threads a worker."""
     prefetch: int = 2
@@ -53,9 +57,10 @@ class DataSettings:
                 "data: give one of batch_size (images a worker) and global_batch_size (images over all workers), "
                 f"got batch_size={self.batch_size} and global_batch_size={self.global_batch_size}"
             )
-        for name in ("batch_size", "global_batch_size", "image_size", "threads", "prefetch"):
+        for name in ("batch_size", "global_batch_size", "image_size", "train_images", "threads", "prefetch"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"data.{name}", "at least 1", value)
+        _require(self.holdout_images >= 0, "data.holdout_images", "at least 0", self.holdout_images)
 
 
 @dataclass(frozen=True)

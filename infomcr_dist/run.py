@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,7 +20,7 @@ from infomcr_dist.config import Config, OptimizerSettings, to_dict, to_yaml
 from infomcr_dist.schedules import LearningRate, PenaltyWeight
 from infomcr_dist.telemetry import Telemetry
 from infomcr_dist.world import Solo
-from pipelines import Dataset, Loader, Order, Part, open_dataset, open_loader
+from pipelines import Dataset, Loader, Order, Part, Split, open_dataset, open_loader
 
 EMBEDDED = Path("data") / "fashion-mnist"
 _FREE_ON_RESUME = ("epochs", "run_dir", "resume", "threads", "evaluation", "metric", "checkpoint", "telemetry")
@@ -36,6 +37,8 @@ class Run:
     world: Solo
     directory: Path
     dataset: Dataset
+    splits: dict[str, Split]
+    """train and test: what the run trains on and is evaluated on"""
     order: Order
     image_size: int
     sub_batch_size: int | None
@@ -106,7 +109,8 @@ def prepare_run(config: Config, recipe: Path, world: Solo) -> Run:
             _prepare_embedded()
     with world.together():
         dataset = open_dataset(EMBEDDED if config.data.path == "fashion-mnist" else config.data.path)
-        order, sub_batch_size = _plan(config, dataset, world.size)
+        splits = _splits(config, dataset)
+        order, sub_batch_size = _plan(config, len(splits["train"]), world.size)
         image_size = config.data.image_size or _stored_size(dataset)
         torch.manual_seed(config.seed)
         model = models.build(config.model, classes=len(dataset.classes), image_size=image_size).to(world.device)
@@ -115,7 +119,7 @@ def prepare_run(config: Config, recipe: Path, world: Solo) -> Run:
 
         def loader(split: str, augmentation: str, batch_size: int) -> Loader:
             return open_loader(
-                dataset.splits[split],
+                splits[split],
                 backend=config.data.backend,
                 augmentation=augmentation,
                 size=image_size,
@@ -161,6 +165,7 @@ def prepare_run(config: Config, recipe: Path, world: Solo) -> Run:
         world=world,
         directory=directory,
         dataset=dataset,
+        splits=splits,
         order=order,
         image_size=image_size,
         sub_batch_size=sub_batch_size,
@@ -187,18 +192,33 @@ def _prepare_embedded() -> None:
         )
 
 
-def _plan(config: Config, dataset: Dataset, workers: int) -> tuple[Order, int | None]:
-    """The order of the training samples, and the images a sub-batch holds (None: never regularized)."""
-    data, regularizer = config.data, config.regularizer
+def _splits(config: Config, dataset: Dataset) -> dict[str, Split]:
+    """What is trained and evaluated on: whole splits, or parts of the training split."""
     missing = [name for name in ("train", "test") if name not in dataset.splits]
     if missing:
         raise ValueError(
             f"data.path: {dataset.path} has no split {missing[0]!r}: prepare it again from folders train/ and test/, "
             "or with test_fraction=0.1"
         )
-    samples = len(dataset.splits["train"])
+    whole, held_out, taken = dataset.splits["train"], config.data.holdout_images, config.data.train_images
+    if held_out + (taken or 1) > len(whole):
+        raise ValueError(
+            f"data.train_images and data.holdout_images must be at most the {len(whole)} training images together, "
+            f"got {taken} and {held_out}"
+        )
+    if taken is None and held_out == 0:
+        return {"train": whole, "test": dataset.splits["test"]}
+    shuffled = np.random.default_rng([config.seed, 2]).permutation(len(whole))
+    end = None if taken is None else held_out + taken
+    test = whole.subset(shuffled[:held_out]) if held_out else dataset.splits["test"]
+    return {"train": whole.subset(shuffled[held_out:end]), "test": test}
+
+
+def _plan(config: Config, samples: int, workers: int) -> tuple[Order, int | None]:
+    """The order of the training samples, and the images a sub-batch holds (None: never regularized)."""
+    data, regularizer = config.data, config.regularizer
     if samples < workers:
-        raise ValueError(f"data.path: {dataset.path} has {samples} training images, fewer than the {workers} workers")
+        raise ValueError(f"data.path has {samples} training images, fewer than the {workers} workers")
     global_batch = data.global_batch_size or (data.batch_size or 0) * workers
     if global_batch < workers:
         raise ValueError(

@@ -77,14 +77,12 @@ def train(run: Run) -> None:
 
     def errors(split: str) -> Errors:
         images = run.test_images if split == "test" else run.train_images
-        result = evaluate(run.model, images, run.dataset.splits[split], config.evaluation.batch_size, world)
+        result = evaluate(run.model, images, run.splits[split], config.evaluation.batch_size, world)
         telemetry.event("evaluation", epoch=epoch + 1, split=split, **asdict(result))
         return result
 
     def gamma() -> Estimate:
-        result = estimate_gamma(
-            run.model, run.train_images, run.dataset.splits["train"], config.metric, config.seed, world
-        )
+        result = estimate_gamma(run.model, run.train_images, run.splits["train"], config.metric, config.seed, world)
         telemetry.event(
             "metric", epoch=epoch + 1, gamma_hat=result.mean, gamma_hat_standard_error=result.standard_error,
             trials=result.trials, samples=config.metric.samples, singular=result.singular,

@@ -20,7 +20,7 @@ from conftest import WORKERS, horovodrun
 
 from infomcr_dist import checkpoint
 from infomcr_dist.config import Config, load_config
-from infomcr_dist.run import _plan
+from infomcr_dist.run import _plan, _splits
 from infomcr_dist.train import main
 from pipelines import open_dataset
 
@@ -327,16 +327,36 @@ def test_no_room_for_a_checkpoint(
     assert list((here / "run" / "checkpoints").iterdir()) == []
 
 
-def test_more_workers_than_images(small_data: Path) -> None:
-    dataset = open_dataset(small_data)
+def test_more_workers_than_images() -> None:
     config = load_config(Config, None, ["data.batch_size=4", "regularizer.sub_batches=2"])
     with pytest.raises(ValueError, match="has 260 training images, fewer than the 300 workers"):
-        _plan(config, dataset, workers=300)
+        _plan(config, 260, workers=300)
     config = load_config(Config, None, ["data.global_batch_size=8", "regularizer.sub_batches=2"])
     with pytest.raises(ValueError, match="global_batch_size must be a multiple of the number of workers"):
-        _plan(config, dataset, workers=3)
+        _plan(config, 260, workers=3)
     with pytest.raises(ValueError, match="global_batch_size must be at least the number of workers, got 8 and 16"):
-        _plan(config, dataset, workers=16)
+        _plan(config, 260, workers=16)
+
+
+def test_a_held_out_part_shares_no_image_with_the_rest(small_data: Path) -> None:
+    dataset = open_dataset(small_data)
+
+    def places(*overrides: str) -> dict[str, set[tuple[int, int]]]:
+        config = load_config(Config, None, ["data.batch_size=4", *overrides])
+        parts = _splits(config, dataset)
+        return {
+            name: set(zip(s.index["shard"].tolist(), s.index["offset"].tolist(), strict=True))
+            for name, s in parts.items()
+        }
+
+    some = places("data.holdout_images=60", "data.train_images=150")
+    assert (len(some["train"]), len(some["test"])) == (150, 60)
+    assert not some["train"] & some["test"]
+    assert places("data.holdout_images=60", "data.train_images=150") == some
+    assert places("data.holdout_images=60", "data.train_images=150", "seed=1") != some
+    assert places("data.holdout_images=60")["train"] > some["train"]
+    with pytest.raises(ValueError, match="at most the 260 training images together, got 201 and 60"):
+        places("data.holdout_images=60", "data.train_images=201")
 
 
 def test_a_mistake_on_two_workers_is_told_once(folder: Path) -> None:
