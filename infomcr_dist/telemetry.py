@@ -77,7 +77,7 @@ class Telemetry:
             total=total_steps,
             initial=done_steps,
             file=sys.stdout,
-            ncols=100,
+            ncols=120,
             mininterval=1.0,
             bar_format="{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
         )

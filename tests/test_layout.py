@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     "functional": set(),
     "regularizer": {"functional"},
-    "fisher": {"functional"},
+    "gram": {"functional"},
+    "fisher": {"functional", "gram"},
     "models": {"models"},
     "config": set(),
     "schedules": {"config"},
