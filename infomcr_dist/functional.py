@@ -1,7 +1,9 @@
 """A torch module as a pure function of its parameters, and arithmetic on dictionaries of tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +29,13 @@ class FunctionalLoss:
 
     def __call__(self, params: Params, batch: Batch) -> Tensor:
         images, labels = batch
+        return self.criterion(self.logits(params, images), labels)
+
+    def logits(self, params: Params, images: Tensor) -> Tensor:
+        """What the model returns, run on copies of its buffers."""
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        return self.criterion(functional_call(self.model, (params, buffers), (images,)), labels)
+        logits: Tensor = functional_call(self.model, (params, buffers), (images,))
+        return logits
 
 
 def functional_loss(model: nn.Module, criterion: Criterion = nn.functional.cross_entropy) -> FunctionalLoss:
@@ -72,3 +79,20 @@ def add_scaled(total: Params, term: Params, scale: float) -> None:
 def dot(left: Params, right: Params) -> Tensor:
     """Inner product over the names of `right`, a scalar, differentiable."""
     return torch.stack([torch.dot(left[name].flatten(), tensor.flatten()) for name, tensor in right.items()]).sum()
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast on `device`, and neither TF32 nor bfloat16 inside float32 products, while it lasts."""
+    backends: Any = torch.backends
+    cuda, cudnn, onednn = backends.cuda, backends.cudnn, backends.mkldnn
+    operations = (cuda.matmul, cudnn.conv, cudnn.rnn, onednn.matmul, onednn.conv)
+    before = [operation.fp32_precision for operation in operations]
+    try:
+        for operation in operations:
+            operation.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for operation, precision in zip(operations, before, strict=True):
+            operation.fp32_precision = precision

@@ -10,8 +10,8 @@ gradients of single images. Keep `sub_batch_size` rather than `sub_batches` when
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, get_args
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from infomcr_dist.functional import (
     Params,
     add_scaled,
     dot,
+    full_precision,
     functional_loss,
     gradient,
     moved,
@@ -269,24 +270,8 @@ def _autocast(params: Params) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-@contextmanager
-def _precision(derivative: Derivative, params: Params) -> Iterator[None]:
-    """Full float32 for finite differences: no autocast, no TF32 and no bfloat16 inside matrix products."""
-    if derivative == "exact":
-        yield
-        return
-    backends: Any = torch.backends
-    cuda, cudnn, onednn = backends.cuda, backends.cudnn, backends.mkldnn
-    operations = (cuda.matmul, cudnn.conv, cudnn.rnn, onednn.matmul, onednn.conv)
-    before = [operation.fp32_precision for operation in operations]
-    try:
-        for operation in operations:
-            operation.fp32_precision = "ieee"
-        with torch.autocast(_device(params).type, enabled=False):
-            yield
-    finally:
-        for operation, precision in zip(operations, before, strict=True):
-            operation.fp32_precision = precision
+def _precision(derivative: Derivative, params: Params) -> AbstractContextManager[None]:
+    return full_precision(_device(params)) if derivative == "finite_difference" else nullcontext()
 
 
 @contextmanager

@@ -1,0 +1,105 @@
+"""Time and peak memory of one Gram matrix of per-sample gradients, in forward-backward passes over the same images.
+
+    python benchmarks/gamma.py
+    python benchmarks/gamma.py model=wrn_18_1_5 image_size=128 classes=1000 rounds=3 per_sample=false
+
+"forward-backward" is one pass over the N images in eval mode, which gives the ordinary gradient. "one backward per
+sample" is the authors' way: N of them, with J (N, W) held for the product (`per_sample=false` leaves it out).
+Rounds are interleaved; the table gives medians, in brackets quartiles, and the peak of the process beyond its resident
+size before (Linux).
+"""
+
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from infomcr_dist.config import load_config
+from infomcr_dist.fisher import gradient_gram
+from infomcr_dist.functional import functional_loss, trainable_parameters
+from infomcr_dist.models import build
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is timed."""
+
+    model: str = "resnet20"
+    image_size: int = 32
+    classes: int = 10
+    samples: int = 100
+    threads: int = 1
+    rounds: int = 7
+    per_sample: bool = True
+
+
+def one_backward_per_sample(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """xi from J as a whole."""
+    params = list(model.parameters())
+    jacobian = torch.empty(len(images), sum(parameter.numel() for parameter in params))
+    for n in range(len(images)):
+        loss = cross_entropy(model(images[n : n + 1]), labels[n : n + 1])
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)], out=jacobian[n])
+    return (jacobian @ jacobian.T).double()
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS (now) or VmHWM (peak) of this process."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{field}:")[1].split()[0])
+
+
+def main(settings: Settings) -> None:
+    """Print the table."""
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(0)
+    model = build(settings.model, settings.classes, settings.image_size).eval()
+    images = torch.randn(settings.samples, 3, settings.image_size, settings.image_size)
+    labels = torch.randint(settings.classes, (settings.samples,))
+    loss_fn, params = functional_loss(model), trainable_parameters(model)
+
+    def forward_backward() -> None:
+        torch.autograd.grad(cross_entropy(model(images), labels), list(params.values()))
+
+    kinds: dict[str, Callable[[], object]] = {
+        "forward-backward": forward_backward,
+        "gradient_gram": lambda: gradient_gram(loss_fn, params, (images, labels)),
+    }
+    if settings.per_sample:
+        kinds["one backward per sample"] = lambda: one_backward_per_sample(model, images, labels)
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    peak: dict[str, int] = dict.fromkeys(kinds, 0)
+    for round_number in range(settings.rounds + 1):
+        for name in random.sample(list(kinds), len(kinds)):
+            Path("/proc/self/clear_refs").write_text("5")  # restarts the peak
+            before = resident_bytes("VmRSS")
+            start = time.perf_counter()
+            kinds[name]()
+            if round_number:  # the first is warm-up
+                seconds[name].append(time.perf_counter() - start)
+            peak[name] = max(peak[name], resident_bytes("VmHWM") - before)
+
+    print(
+        f"{settings.model} at {settings.image_size}x{settings.image_size}, {settings.samples} images, "
+        f"threads: {settings.threads}, {settings.rounds} rounds, torch {torch.__version__}\n"
+    )
+    print("| | s | x forward-backward | peak, GB |\n|---|---|---|---|")
+    for name, times in seconds.items():
+        ratios = [one / other for one, other in zip(times, seconds["forward-backward"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        ratio = f"{middle:.2f} ({low:.2f}–{high:.2f})"
+        print(f"| {name} | {statistics.median(times):.2f} | {ratio} | {peak[name] / 1e9:.2f} |")
+
+
+if __name__ == "__main__":
+    try:
+        main(load_config(Settings, None, sys.argv[1:]))
+    except ValueError as error:
+        sys.exit(f"gamma: {error}")

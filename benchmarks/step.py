@@ -1,0 +1,112 @@
+"""Time of a regularized step in plain steps: each way of `regularized_backward` on the networks of the paper.
+
+    python benchmarks/step.py
+    python benchmarks/step.py model=wrn_18_1_5 image_size=128 classes=1000 batch_size=64 sub_batch_size=16 threads=2
+
+A round takes one step of every kind, in random order; a ratio compares the steps of one round. A step is forward,
+backward and the SGD update. The table gives medians and, in brackets, the quartiles over the rounds. "plain, split" is
+the plain gradient accumulated over the sub-batches: what a processor gains or loses by small batches alone.
+"""
+
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from infomcr_dist import regularized_backward
+from infomcr_dist.config import load_config
+from infomcr_dist.models import build
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is timed."""
+
+    model: str = "resnet20"
+    image_size: int = 32
+    classes: int = 10
+    batch_size: int = 128
+    sub_batch_size: int = 16
+    threads: int = 1
+    rounds: int = 15
+
+
+def ways(sub_batches: int) -> dict[str, dict[str, Any]]:
+    """Settings of `regularized_backward` by the name in the table."""
+    sampled = {
+        f"sampled 1/{part}": {"way": "sampled", "sampled": sub_batches // part}
+        for part in (8, 4, 2)
+        if sub_batches % part == 0
+    }
+    return {
+        "fused": {"way": "fused"},
+        **sampled,
+        "reference": {"way": "reference"},
+        "fused, exact": {"way": "fused", "derivative": "exact"},
+    }
+
+
+def main(settings: Settings) -> None:
+    """Print the table."""
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(0)
+    model = build(settings.model, settings.classes, settings.image_size)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=True)
+    images = torch.randn(settings.batch_size, 3, settings.image_size, settings.image_size)
+    labels = torch.randint(settings.classes, (settings.batch_size,))
+
+    def plain(size: int) -> None:
+        for image_part, label_part in zip(images.split(size), labels.split(size), strict=True):
+            (cross_entropy(model(image_part), label_part) * (size / len(images))).backward()
+
+    def regularized(how: dict[str, Any]) -> None:
+        settings_of_call: dict[str, Any] = {
+            "alpha": 1e-4,
+            "beta": 10.0,
+            "sub_batch_size": settings.sub_batch_size,
+            **how,
+        }
+        regularized_backward(model, cross_entropy, images, labels, **settings_of_call)
+
+    backward: dict[str, Callable[[], None]] = {
+        "plain": partial(plain, settings.batch_size),
+        "plain, split": partial(plain, settings.sub_batch_size),
+        **{
+            name: partial(regularized, how)
+            for name, how in ways(settings.batch_size // settings.sub_batch_size).items()
+        },
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in backward}
+    for round_number in range(settings.rounds + 1):
+        for name in random.sample(list(backward), len(backward)):
+            start = time.perf_counter()
+            optimizer.zero_grad()
+            backward[name]()
+            optimizer.step()
+            if round_number:  # the first is warm-up
+                seconds[name].append(time.perf_counter() - start)
+
+    print(
+        f"{settings.model} at {settings.image_size}x{settings.image_size}, {settings.batch_size} images, "
+        f"sub-batches of {settings.sub_batch_size}, threads: {settings.threads}, {settings.rounds} rounds, "
+        f"torch {torch.__version__}\n"
+    )
+    print("| step | ms | x plain |\n|---|---|---|")
+    for name, times in seconds.items():
+        ratios = [one / plain for one, plain in zip(times, seconds["plain"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"| {name} | {1000 * statistics.median(times):.0f} | {middle:.2f} ({low:.2f}–{high:.2f}) |")
+
+
+if __name__ == "__main__":
+    try:
+        main(load_config(Settings, None, sys.argv[1:]))
+    except ValueError as error:
+        sys.exit(f"step: {error}")
