@@ -32,13 +32,16 @@ def open_image(data: bytes) -> Image.Image:
     return image
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB of any mode: 16-bit grey scaled to 8 bits, transparency laid on white."""
-    image = ImageOps.exif_transpose(image)
+def plain(image: Image.Image) -> Image.Image:
+    """Upright, 8-bit RGB or grey, of any mode: 16-bit grey scaled to 8 bits, transparency laid on white."""
+    if _orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "L" and not image.has_transparency_data:
+        return image
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, np.float64)
         values = values / 257 if values.max(initial=0) > 255 else values
-        return Image.fromarray(np.rint(np.clip(values, 0, 255)).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(np.rint(np.clip(values, 0, 255)).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -47,14 +50,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def storable(image: Image.Image) -> bool:
     """Whether the file can be kept as it is: an upright JPEG, RGB or grey."""
-    return image.format == "JPEG" and image.mode in ("RGB", "L") and image.getexif().get(_ORIENTATION, 1) == 1
+    return image.format == "JPEG" and image.mode in ("RGB", "L") and _orientation(image) == 1
 
 
 def encode(image: Image.Image, quality: int) -> bytes:
     """JPEG bytes, grey ones for a grey image."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
+    try:
+        image.save(buffer, "JPEG", quality=quality)
+    except OSError as error:  # a side above 65500 pixels
+        raise ValueError(f"cannot be stored as JPEG: {error}") from None
     return buffer.getvalue()
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged metadata is no reason to leave an image out
+        return 1
 
 
 def square(image: Image.Image, side: int, mode: str, resampling: str) -> Image.Image:

@@ -5,6 +5,7 @@ of IDX files, or fashion-mnist. DEST appears when everything is done; until then
 the same command continues there after an interruption. Shards depend on source and options alone, byte for byte.
 """
 
+import base64
 import fcntl
 import hashlib
 import io
@@ -14,6 +15,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -107,13 +109,14 @@ def prepare(source: str, dest: Path, options: Options) -> str:
                 shutil.rmtree(work)
             raise
         shutil.rmtree(work / "source")
-        (work / _JOURNAL).unlink()
         (work / "lock").unlink()
         sync(work)
         if dest.exists():
             dest.rmdir()
         work.rename(dest)
         sync(dest.parent)
+        # Last, so that an interruption before this line costs nothing.
+        (dest / _JOURNAL).unlink()
     return _summary(dest, manifest)
 
 
@@ -192,6 +195,7 @@ def _write(name: str, source: Source, work: Path, options: Options) -> dict[str,
         "splits": {split: entry for split, entry in splits.items() if entry["samples"]},
         "source": name,
         "options": options.that_matter(),
+        "size": resolved.size,
         "rejected": rejected,
     }
     write_file(work / MANIFEST, json.dumps(manifest, indent=1).encode())
@@ -254,6 +258,10 @@ def _convert(items: list[Item], options: Options, bar: Any) -> Iterator[Stored |
             for result in running.popleft().result():
                 bar.update()
                 yield result
+    except BrokenProcessPool:
+        raise ValueError(
+            "a process died, perhaps for want of memory; give the same command with fewer processes"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -263,8 +271,8 @@ def _convert_piece(items: list[Item], options: Options) -> list[Stored | str]:
     for item in items:
         try:
             results.append(_store(item, options))
-        except (ValueError, OSError) as error:
-            results.append(f"{error.strerror or error}" if isinstance(error, OSError) else str(error))
+        except ValueError as error:
+            results.append(str(error))
     return results
 
 
@@ -276,7 +284,7 @@ def _store(item: Item, options: Options) -> Stored:
         image = images.open_image(data)
         if options.size == 0 and images.storable(image):
             return Stored(data, image.height, image.width, images.moments(image))
-        image = image if image.mode == "L" else images.to_rgb(image)
+        image = images.plain(image)
     if options.size:
         image = images.square(image, options.size, options.mode, options.filter)
     jpeg = images.encode(image, options.quality)
@@ -296,27 +304,31 @@ def _shards(
     """Writes shard after shard from items[start:]; yields the record of each when its file is safe."""
     shard: ShardWriter | None = None
     rejected: list[dict[str, str]] = []
-    for position, (item, result) in enumerate(zip(items[start:], stored, strict=True), start):
-        if isinstance(result, str):
-            if options.strict:
-                raise ValueError(f"{_printable(item.name)}: {result}")
-            rejected.append({"name": _printable(item.name), "split": split, "reason": result})
-            continue
-        if shard and (shard.samples == options.shard_size or shard.outgrows(result.jpeg, options.shard_bytes)):
-            yield {"split": split, "next": position, "rejected": rejected, **shard.finish()}
-            shard, rejected, number = None, [], number + 1
-        shard = shard or ShardWriter(folder, number)
-        shard.add(item, classes[item.label], result.jpeg, result.height, result.width, result.moments)
-    if shard:
-        yield {"split": split, "next": len(items), "rejected": rejected, **shard.finish()}
-    elif rejected:
-        yield {"split": split, "next": len(items), "rejected": rejected, "name": "", "samples": 0, "rows": []}
+    try:
+        for position, (item, result) in enumerate(zip(items[start:], stored, strict=True), start):
+            if isinstance(result, str):
+                if options.strict:
+                    raise ValueError(f"{_printable(item.name)}: {result}")
+                rejected.append({"name": _printable(item.name), "split": split, "reason": result})
+                continue
+            if shard and (shard.samples == options.shard_size or shard.outgrows(result.jpeg, options.shard_bytes)):
+                yield {"split": split, "next": position, "rejected": rejected, **shard.finish()}
+                shard, rejected, number = None, [], number + 1
+            shard = shard or ShardWriter(folder, number)
+            shard.add(item, classes[item.label], result.jpeg, result.height, result.width, result.moments)
+        if shard:
+            yield {"split": split, "next": len(items), "rejected": rejected, **shard.finish()}
+        elif rejected:
+            yield {"split": split, "next": len(items), "rejected": rejected, "name": "", "samples": 0}
+    finally:
+        if shard:
+            shard.abandon()
 
 
 def _finish_split(folder: Path, records: list[dict[str, Any]], classes: list[str]) -> dict[str, Any]:
     """Writes the sample index of a split; returns its entry in the manifest."""
     shards = [record for record in records if record["samples"]]
-    index = np.array([tuple(row) for record in shards for row in record["rows"]], INDEX_DTYPE)
+    index = np.frombuffer(b"".join(base64.b64decode(record["index"]) for record in shards), INDEX_DTYPE)
     buffer = io.BytesIO()
     np.save(buffer, index, allow_pickle=False)
     write_file(folder / INDEX, buffer.getvalue())

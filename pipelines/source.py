@@ -11,11 +11,12 @@ import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from .shards import members
+from .shards import MANIFEST, members
 
 FASHION_MNIST = "fashion-mnist"
 _FASHION_MNIST_CLASSES = [
@@ -35,9 +36,9 @@ _IMAGES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
 _LABELS = {"train": "train-labels-idx1-ubyte", "test": "t10k-labels-idx1-ubyte"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
-    """One image: name as in the source; `size` bytes at `offset` of file, or a zip's entry `name`.
+    """One image: name as in the source; `size` bytes at `offset` of file, or a zip's entry `name` (offset -1).
 
     pixels: (height, width) when the bytes are raw grey pixels instead of an encoded image.
     """
@@ -45,19 +46,29 @@ class Item:
     split: str
     label: int
     name: str
-    file: Path
+    file: str
     offset: int
     size: int
     pixels: tuple[int, int] | None = None
 
     def read(self) -> bytes:
-        """The item's bytes."""
-        if self.offset < 0:
-            with zipfile.ZipFile(self.file) as archive:
-                return archive.read(self.name)
-        with self.file.open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
+        """The item's bytes; ValueError if it is gone, unreadable or damaged in its archive."""
+        try:
+            if self.offset < 0:
+                return _open_zip(self.file).read(self.name)
+            with open(self.file, "rb") as file:
+                file.seek(self.offset)
+                return file.read(self.size)
+        except (FileNotFoundError, PermissionError) as error:
+            raise ValueError(str(error.strerror)) from error
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+            raise ValueError(f"damaged in its archive: {error}") from error
+
+
+@lru_cache(maxsize=1)
+def _open_zip(path: str) -> zipfile.ZipFile:
+    # Kept open: reading its table of contents for every image would be most of the work.
+    return zipfile.ZipFile(path)
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,8 @@ def open_source(source: str, scratch: Path) -> Source:
     if not path.exists():
         raise ValueError(f"no such source: {source}; give a folder, a .tar, .tar.gz or .zip, or {FASHION_MNIST}")
     if path.is_dir():
+        if (path / MANIFEST).exists():
+            raise ValueError(f"{source} is a data set already prepared; open it as it is")
         if _find(path, _IMAGES["train"]):
             return _idx(path, scratch, _FASHION_MNIST_CLASSES if FASHION_MNIST in str(path.resolve()) else None)
         return _labelled(source, _folder(path))
@@ -88,10 +101,10 @@ def open_source(source: str, scratch: Path) -> Source:
     raise ValueError(f"cannot tell what {source} is; give a folder, a .tar, .tar.gz, .tgz or .zip, or {FASHION_MNIST}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _File:
     name: str
-    file: Path
+    file: str
     offset: int
     size: int
 
@@ -100,25 +113,27 @@ def _folder(path: Path) -> list[_File]:
     def fail(error: OSError) -> None:
         raise ValueError(f"cannot list {error.filename}: {error.strerror}; make it readable")
 
-    return [
-        _File((Path(folder) / name).relative_to(path).as_posix(), Path(folder) / name, 0, _size(Path(folder) / name))
-        for folder, _, names in os.walk(path, onerror=fail, followlinks=True)
-        for name in names
-    ]
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0  # a dangling link: left out when it cannot be read
+    files = []
+    for folder, _, names in os.walk(path, onerror=fail, followlinks=True):
+        for file in (os.path.join(folder, name) for name in names):
+            # A link that leads nowhere is listed, to be left out with its reason; a pipe or socket is no image file.
+            if os.path.isfile(file) or not os.path.exists(file):
+                size = os.path.getsize(file) if os.path.exists(file) else 0
+                files.append(_File(os.path.relpath(file, path), file, 0, size))
+    return files
 
 
 def _tar(path: Path) -> list[_File]:
-    return [_File(member.name, path, member.offset, member.size) for member in members(path)]
+    return [_File(member.name, str(path), member.offset, member.size) for member in members(path)]
 
 
 def _zip(path: Path) -> list[_File]:
     try:
+        _open_zip.cache_clear()
         with zipfile.ZipFile(path) as archive:
-            return [_File(info.filename, path, -1, info.file_size) for info in archive.infolist() if not info.is_dir()]
+            return [
+                _File(info.filename, str(path), -1, info.file_size) for info in archive.infolist() if not info.is_dir()
+            ]
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is not a readable zip: {error}") from error
 
@@ -201,7 +216,7 @@ def _idx(folder: Path, scratch: Path, names: list[str] | None) -> Source:
         values = np.fromfile(labels, np.uint8, offset=label_start)
         size = height * width
         items += [
-            Item(split, int(label), f"{split}/{number}", images, start + number * size, size, (height, width))
+            Item(split, int(label), f"{split}/{number}", str(images), start + number * size, size, (height, width))
             for number, label in enumerate(values)
         ]
     classes = names or [str(label) for label in range(max(item.label for item in items) + 1)]

@@ -1,5 +1,6 @@
 """Writes one shard: tar, DALI-compatible index and the facts about it, identical bytes for identical samples."""
 
+import base64
 import hashlib
 import io
 import json
@@ -8,6 +9,9 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from .shards import INDEX_DTYPE
 from .source import Item
 
 _BLOCK = 512
@@ -21,7 +25,7 @@ class ShardWriter:
         self._file = (folder / f"{self._stem}.tar.partial").open("w+b")
         # Plain ustar with fixed owner and time: the same bytes on every machine.
         self._archive = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-        self._rows: list[list[int]] = []
+        self._rows: list[tuple[int, ...]] = []
         self._lines: list[str] = []
         self._moments = [[0, 0] for _ in range(3)]
         self._pixels = 0
@@ -49,22 +53,26 @@ class ShardWriter:
             offset = offset or start
             self._archive.addfile(entry, io.BytesIO(data))
             fields.append(f"{extension} {start} {len(data)} {entry.name}")
-        self._rows.append([offset, len(jpeg), int(self._stem), item.label, height, width])
+        self._rows.append((offset, len(jpeg), int(self._stem), item.label, height, width))
         self._lines.append(" ".join(fields))
         self._pixels += height * width
         for channel, (total, squares) in zip(self._moments, moments, strict=True):
             channel[0] += total
             channel[1] += squares
 
+    def abandon(self) -> None:
+        """Closes the file as it is, to be removed by whoever continues."""
+        self._file.close()
+
     def finish(self) -> dict[str, Any]:
         """Makes the shard and its index durable under their names; returns name, counts, digest and index rows."""
-        self._archive.close()
-        self._file.flush()
-        self._file.seek(0)
-        digest = hashlib.file_digest(self._file, "sha256").hexdigest()
-        length = os.fstat(self._file.fileno()).st_size
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with self._file as file:
+            self._archive.close()
+            file.flush()
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            length = os.fstat(file.fileno()).st_size
+            os.fsync(file.fileno())
         name = f"{self._stem}.tar"
         lines = [f"v1.2 {len(self._lines)}", *self._lines]
         write_file(self._folder / f"{self._stem}.idx", ("\n".join(lines) + "\n").encode())
@@ -75,7 +83,7 @@ class ShardWriter:
             "samples": self.samples,
             "bytes": length,
             "sha256": digest,
-            "rows": self._rows,
+            "index": base64.b64encode(np.array(self._rows, INDEX_DTYPE).tobytes()).decode(),
             "pixels": self._pixels,
             "moments": self._moments,
         }
