@@ -10,11 +10,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from infomcr_dist.functional import Criterion, evaluation, full_precision, functional_loss
 from infomcr_dist.gram import gradient_gram
 
-__all__ = ["Estimate", "Spectrum", "estimate", "gamma_hat", "gradient_gram", "spectrum"]
+__all__ = [
+    "Bound",
+    "Estimate",
+    "Spectrum",
+    "estimate",
+    "gamma",
+    "gamma_hat",
+    "generalization_bound",
+    "gradient_gram",
+    "logit_scaled",
+    "robustness",
+    "spectrum",
+]
 
 
 @dataclass(frozen=True)
@@ -72,3 +85,96 @@ def gamma_hat(grams: Iterable[Tensor]) -> Estimate:
     if not spectra:
         raise ValueError("grams must hold at least one matrix, got none")
     return estimate([s.log_determinant for s in spectra], min(s.smallest_eigenvalue for s in spectra))
+
+
+def gamma(gamma_hat: Estimate, parameters: int, samples: int) -> float:
+    """gamma = ln det of the Fisher information, about (W / N') gamma_hat + W ln(1 / W) for W `parameters` and Gram
+    matrices of N' `samples` (after Eq. 6)."""
+    if parameters < 1 or samples < 1:
+        raise ValueError(f"parameters and samples must be at least 1, got {parameters} and {samples}")
+    return parameters * (gamma_hat.mean / samples - math.log(parameters))
+
+
+def logit_scaled(criterion: Criterion = nn.functional.cross_entropy, scale: float = 0.04) -> Criterion:
+    """`criterion` of logits / (|logits| * scale), the norm taken sample by sample, to compare gamma_hat of models of
+    unequal training loss (Table 3)."""
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    return lambda logits, labels: criterion(logits / (logits.norm(dim=1, keepdim=True) * scale), labels)
+
+
+def robustness(model: nn.Module, images: Tensor, steps: int = 20) -> Tensor:
+    """|J_x[f_w(x)]|_2^2 of each image, (N,) float64: squared spectral norm of the Jacobian (classes x inputs) of the
+    softmax output in eval mode. The metric of Sec. 7.1 is the mean over the training images.
+
+    By `steps` steps of the Lanczos iteration on J J^T, of two derivatives each: exact for at most `steps` classes, and
+    converged for 1000.
+    """
+    images = images.detach().requires_grad_()
+    with evaluation(model), full_precision(images.device):
+        outputs = functional_loss(model).logits({}, images).double().softmax(dim=1)
+        # J^T u as a function of u: its derivative in the direction v is J v.
+        argument = torch.zeros_like(outputs, requires_grad=True)
+        (pulled,) = torch.autograd.grad(outputs, images, argument, create_graph=True)
+
+        def square(direction: Tensor) -> Tensor:
+            (pull,) = torch.autograd.grad(outputs, images, direction, retain_graph=True)
+            return torch.autograd.grad(pulled, argument, pull, retain_graph=True)[0]
+
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs.device)
+        basis = [start / start.norm(dim=1, keepdim=True)]
+        count = min(steps, outputs.shape[1])
+        tridiagonal = torch.zeros(len(images), count, count, dtype=torch.float64, device=outputs.device)
+        for i in range(count):
+            image = square(basis[i])
+            tridiagonal[:, i, i] = (image * basis[i]).sum(1)
+            if i + 1 == count:
+                break
+            for earlier in basis * 2:  # once leaves rounding that grows
+                image = image - (image * earlier).sum(1, keepdim=True) * earlier
+            length = image.norm(dim=1, keepdim=True)
+            ended = length <= 1e-12 * tridiagonal[:, 0, :1]  # nothing but rounding lies outside the basis
+            length = length.masked_fill(ended, 0.0)
+            tridiagonal[:, i, i + 1] = tridiagonal[:, i + 1, i] = length[:, 0]
+            basis.append(torch.where(ended, 0.0, image / length))
+    norms: Tensor = torch.linalg.eigvalsh(tridiagonal)[:, -1]
+    return norms
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Theorem 1 term by term: bound = train_loss + complexity, where complexity is
+    2 sqrt((loss_term + curvature_term + confidence_term) / (N - 1))."""
+
+    train_loss: float  # E_Q L(S, w)
+    loss_term: float  # 2 L_0
+    curvature_term: float  # 2 A
+    confidence_term: float  # ln(2 N / delta)
+    complexity: float
+    bound: float
+
+
+def generalization_bound(
+    *,
+    gamma: float,
+    train_loss: float,
+    minimum_loss: float,
+    parameters: int,
+    samples: int,
+    log_volume: float,
+    delta: float = 0.05,
+) -> Bound:
+    """The bound on the expected loss E_Q L(D, w) that holds with probability 1 - delta (Theorem 1).
+
+    `train_loss` is E_Q L(S, w), `minimum_loss` is L_0 = L(S, w_0), `parameters` W, `samples` N, and `log_volume` ln V
+    of the neighbourhood of w_0 (V itself underflows). A = W V^(2/W) pi^(1/W) exp(gamma / W) / (4 pi e).
+    """
+    if parameters < 1 or samples < 2:
+        raise ValueError(f"parameters and samples must be at least 1 and 2, got {parameters} and {samples}")
+    if not 0 < delta <= 1:
+        raise ValueError(f"delta must be above 0 and at most 1, got {delta}")
+    log_a = math.log(parameters / (4 * math.pi * math.e)) + (2 * log_volume + math.log(math.pi) + gamma) / parameters
+    terms = (2 * minimum_loss, 2 * math.exp(log_a) if log_a < 700 else math.inf, math.log(2 * samples / delta))
+    complexity = 2 * math.sqrt(sum(terms) / (samples - 1))
+    return Bound(train_loss, *terms, complexity, train_loss + complexity)

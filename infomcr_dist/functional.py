@@ -96,3 +96,16 @@ def full_precision(device: torch.device) -> Iterator[None]:
     finally:
         for operation, precision in zip(operations, before, strict=True):
             operation.fp32_precision = precision
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Eval mode for `model` while it lasts; afterwards each module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

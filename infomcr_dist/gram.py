@@ -3,17 +3,24 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import grad, vmap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from infomcr_dist.functional import Batch, FunctionalLoss, LossFunction, Params, full_precision, functional_loss
+from infomcr_dist.functional import (
+    Batch,
+    FunctionalLoss,
+    LossFunction,
+    Params,
+    evaluation,
+    full_precision,
+    functional_loss,
+)
 
 BLOCK_BYTES = 256 * 2**20  # of J held at a time
 
@@ -42,22 +49,10 @@ def gradient_gram(loss_fn: LossFunction, params: Params, batch: Batch, chunk: in
             return total.gram()
         # p - y of a sample that is fitted well cancels in float32: the loss is taken in float64.
         precise = functional_loss(loss_fn.model, lambda logits, labels: loss_fn.criterion(logits.double(), labels))
-        with _evaluation(loss_fn.model):
+        with evaluation(loss_fn.model):
             left = _add_layers(total, precise, leaves, batch)
             _add_general(total, precise, leaves, left, batch, chunk)
     return total.gram()
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class _Sum:
