@@ -91,7 +91,8 @@ class Files:
             raise kind(f"cannot read {self._split.where(sample)}: {error.strerror}") from error
         finally:
             del self._reading[thread]
-        if len(block) != _HEADER_BYTES + size or block[257:262] != b"ustar" or _tar_number(block[124:136]) != size:
+        # The field of the tar header that says how long the member is.
+        if len(block) != _HEADER_BYTES + size or _tar_number(block[124:136]) != size:
             raise SampleError(
                 f"index and shard disagree at {self._split.where(sample)}: the shard was changed; "
                 "restore it or prepare the data set again"

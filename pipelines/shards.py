@@ -104,16 +104,25 @@ def members(path: Path) -> Iterator[Member]:
 
 
 def open_dataset(path: str | Path) -> Dataset:
-    """The data set at `path`; ValueError, with the remedy, if it is missing, empty, or its parts disagree."""
+    """The data set at `path`: one that was prepared, or shards of others (see `pipelines.wild`).
+
+    ValueError, with the remedy, if it is missing, empty, or its parts disagree.
+    """
     root = Path(path)
     if not root.is_dir():
         raise ValueError(f"no data set at {root}; make one with: python -m pipelines.prepare SOURCE {root}")
     try:
         manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(
-            f"{root} has no {MANIFEST}; make a data set with: python -m pipelines.prepare SOURCE DEST"
-        ) from None
+        from .wild import find_shards, open_wild
+
+        shards = find_shards(root)
+        if not shards:
+            raise ValueError(
+                f"{root} has neither {MANIFEST} nor .tar shards; make a data set with: "
+                "python -m pipelines.prepare SOURCE DEST"
+            ) from None
+        return open_wild(root, shards)
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{root / MANIFEST} cannot be read ({error}); prepare the data set again") from None
     if manifest.get("format") != FORMAT_VERSION:
@@ -188,7 +197,7 @@ def check_index(path: Path, shards: tuple[Shard, ...], index: NDArray[Any], clas
     if not (low >= 0 and high < classes):
         raise ValueError(f"{path} has labels {low}..{high}, out of range for {classes} classes (0..{classes - 1})")
     ends = np.array([shard.bytes for shard in shards])[index["shard"]]
-    outside = (index["offset"] < 512) | (index["size"] < 1) | (index["offset"] + index["size"] > ends)
+    outside = (index["offset"] < 512) | (index["size"] < 0) | (index["offset"] + index["size"] > ends)
     if outside.any():
         shard = shards[index["shard"][outside.argmax()]].path
         raise ValueError(f"{path} points outside of {shard}; prepare the data set again")

@@ -49,7 +49,7 @@ def test_a_subset_reads_the_same_samples(dataset: Dataset) -> None:
 def test_no_data_set(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no data set at .*make one with: python -m pipelines\.prepare"):
         open_dataset(tmp_path / "nothing")
-    with pytest.raises(ValueError, match=r"has no manifest.json"):
+    with pytest.raises(ValueError, match=r"has neither manifest\.json nor \.tar shards"):
         open_dataset(tmp_path)
 
 
