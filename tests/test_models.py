@@ -7,7 +7,14 @@ from infomcr_dist.models import MODELS, build
 
 @pytest.mark.parametrize(
     ("name", "classes", "image_size", "parameters"),
-    [("resnet20", 10, 32, 0.27e6), ("wrn_18_1_5", 1000, 128, 25.9e6)],
+    [
+        ("cnn", 10, 32, 1.37e6),
+        ("densenet_100_12", 10, 32, 0.77e6),
+        ("resnet20", 10, 32, 0.27e6),
+        ("resnet50", 1000, 224, 25.6e6),
+        ("wrn_18_1_5", 1000, 128, 25.9e6),
+        ("wrn_28_2", 10, 32, 1.47e6),
+    ],
 )
 def test_the_published_number_of_parameters(name: str, classes: int, image_size: int, parameters: float) -> None:
     count = sum(parameter.numel() for parameter in build(name, classes, image_size).parameters())
@@ -26,7 +33,7 @@ def test_the_large_stem_reduces_the_image_fourfold(name: str) -> None:
     sizes = {}
     for image_size in (64, 65):
         model = build(name, 7, image_size).eval()
-        layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        layers = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
         layers[1].register_forward_hook(lambda m, args, out, key=image_size: sizes.update({key: args[0].shape[-1]}))
         model(torch.randn(1, 3, 64, 64))
     assert sizes == {64: 64, 65: 16}

@@ -6,10 +6,19 @@ from collections.abc import Callable
 
 from torch import nn
 
-from infomcr_dist.models.resnet import resnet20
-from infomcr_dist.models.wide_resnet import wrn_18_1_5
+from infomcr_dist.models.cnn import cnn
+from infomcr_dist.models.densenet import densenet_100_12
+from infomcr_dist.models.resnet import resnet20, resnet50
+from infomcr_dist.models.wide_resnet import wrn_18_1_5, wrn_28_2
 
-MODELS: dict[str, Callable[[int, int], nn.Module]] = {"resnet20": resnet20, "wrn_18_1_5": wrn_18_1_5}
+MODELS: dict[str, Callable[[int, int], nn.Module]] = {
+    "cnn": cnn,
+    "densenet_100_12": densenet_100_12,
+    "resnet20": resnet20,
+    "resnet50": resnet50,
+    "wrn_18_1_5": wrn_18_1_5,
+    "wrn_28_2": wrn_28_2,
+}
 
 
 def build(name: str, classes: int, image_size: int) -> nn.Module:

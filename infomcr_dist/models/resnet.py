@@ -1,9 +1,11 @@
-"""Residual networks (He et al., CVPR 2016): ResNet-20 for CIFAR."""
+"""Residual networks (He et al., CVPR 2016): ResNet-20 for CIFAR and ResNet-50 for ImageNet."""
+
+from collections import OrderedDict
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from infomcr_dist.models.layers import convolution, initialize, stem
+from infomcr_dist.models.layers import classifier, convolution, initialize, stem
 
 
 class PaddedShortcut(nn.Module):
@@ -17,35 +19,60 @@ class PaddedShortcut(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], self.padding)
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions, BatchNorm after each, and the given shortcut."""
+def projection(inputs: int, outputs: int, stride: int) -> nn.Module:
+    """Option B: the identity where the shape stays, else a 1x1 convolution with BatchNorm."""
+    if inputs == outputs and stride == 1:
+        return nn.Identity()
+    return nn.Sequential(convolution(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
 
-    def __init__(self, inputs: int, outputs: int, stride: int, shortcut: nn.Module) -> None:
+
+class Block(nn.Module):
+    """ReLU(residual(x) + shortcut(x))."""
+
+    def __init__(self, residual: nn.Module, shortcut: nn.Module) -> None:
         super().__init__()
-        self.conv1, self.bn1 = convolution(inputs, outputs, 3, stride), nn.BatchNorm2d(outputs)
-        self.conv2, self.bn2 = convolution(outputs, outputs, 3), nn.BatchNorm2d(outputs)
-        self.shortcut = shortcut
+        self.residual, self.shortcut = residual, shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(residual + self.shortcut(x))
+        return F.relu(self.residual(x) + self.shortcut(x))
 
 
-class ResNet(nn.Module):
-    """Stem, blocks, global average pooling and a linear classifier: (B, 3, H, W) to logits (B, classes)."""
-
-    def __init__(self, stem: nn.Module, blocks: list[nn.Module], features: int, classes: int) -> None:
-        super().__init__()
-        self.stem, self.blocks = stem, nn.Sequential(*blocks)
-        self.classifier = nn.Linear(features, classes)
-        initialize(self)
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.blocks(self.stem(images)).mean(dim=(2, 3)))
-        return logits
+def basic_block(inputs: int, outputs: int, stride: int, shortcut: nn.Module) -> Block:
+    """Two 3x3 convolutions, with BatchNorm after each."""
+    residual = nn.Sequential(
+        convolution(inputs, outputs, 3, stride),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+        convolution(outputs, outputs, 3),
+        nn.BatchNorm2d(outputs),
+    )
+    return Block(residual, shortcut)
 
 
-def resnet20(classes: int, image_size: int) -> ResNet:
+def bottleneck_block(inputs: int, width: int, stride: int) -> Block:
+    """1x1, 3x3 and 1x1 convolutions to 4 * width channels; the stride is that of the 3x3 (as in most implementations
+    since; the paper has it in the first 1x1)."""
+    residual = nn.Sequential(
+        convolution(inputs, width, 1),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        convolution(width, width, 3, stride),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        convolution(width, 4 * width, 1),
+        nn.BatchNorm2d(4 * width),
+    )
+    return Block(residual, projection(inputs, 4 * width, stride))
+
+
+def assemble(stem: nn.Module, blocks: list[nn.Module], head: nn.Module) -> nn.Sequential:
+    """Images (B, 3, H, W) to logits (B, classes), with He's initialisation."""
+    model = nn.Sequential(OrderedDict(stem=stem, blocks=nn.Sequential(*blocks), head=head))
+    initialize(model)
+    return model
+
+
+def resnet20(classes: int, image_size: int) -> nn.Sequential:
     """ResNet-20: three stages of three basic blocks, widths 16, 32, 64, shortcuts of option A; 0.27 M parameters."""
     blocks: list[nn.Module] = []
     inputs = 16
@@ -53,6 +80,17 @@ def resnet20(classes: int, image_size: int) -> ResNet:
         for _ in range(3):
             stride = 1 if inputs == outputs else 2
             shortcut = nn.Identity() if inputs == outputs else PaddedShortcut(outputs - inputs, stride)
-            blocks.append(BasicBlock(inputs, outputs, stride, shortcut))
+            blocks.append(basic_block(inputs, outputs, stride, shortcut))
             inputs = outputs
-    return ResNet(stem(16, image_size), blocks, 64, classes)
+    return assemble(stem(16, image_size), blocks, classifier(64, classes))
+
+
+def resnet50(classes: int, image_size: int) -> nn.Sequential:
+    """ResNet-50: bottleneck blocks, 3, 4, 6 and 3 to a stage; 25.6 M parameters at 1000 classes."""
+    blocks: list[nn.Module] = []
+    inputs = 64
+    for width, count in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for i in range(count):
+            blocks.append(bottleneck_block(inputs, width, 2 if width > 64 and i == 0 else 1))
+            inputs = 4 * width
+    return assemble(stem(64, image_size), blocks, classifier(2048, classes))
