@@ -130,8 +130,11 @@ class RegularizerSettings:
     when: Literal["after_drop", "always", "never", "from_epoch"] = "after_drop"
     """after_drop: from the first drop of the learning rate on (Sec. 7.2.1); from_epoch: from the epoch ``epoch`` on."""
     epoch: float | None = None
+    ramp: Literal["linear", "cosine", "steps"] = "linear"
+    """How β rises after the switch-on: along a line, half a cosine, or in ramp_steps equal steps."""
     ramp_epochs: float = 0.0
-    """Epochs over which β rises linearly from 0 after the switch-on."""
+    """Epochs the rise takes; 0: β is constant."""
+    ramp_steps: int = 4
     alpha: float = 1e-4
     """Length of the probing step w − αg; part of the strength (the gradient is βαHg)."""
     beta: float = 10.0
@@ -142,8 +145,13 @@ class RegularizerSettings:
     """Images a sub-batch: sets the strength whatever the number of workers (16 in the paper)."""
     way: Literal["fused", "sampled", "reference"] = "fused"
     sampled: int | None = None
-    """For the sampled way: how many sub-batches a step are penalised (k)."""
-    derivative: Literal["finite_difference", "exact"] = "finite_difference"
+    """For the sampled way: how many sub-batches a step are penalised (k); null where budget is given."""
+    budget: float | None = None
+    """For the sampled way: penalise as many sub-batches as make a step take so many times a plain one."""
+    derivative: Literal["auto", "finite_difference", "exact"] = "auto"
+    """The paper's g − h, or its limit αHg; auto: exact in mixed precision, where the difference would be noise."""
+    health_every_steps: int = 0
+    """Steps between comparisons of the two derivatives on one sub-batch (penalty_health); 0: none."""
 
     def __post_init__(self) -> None:
         if (self.when == "from_epoch") != (self.epoch is not None):
@@ -155,10 +163,14 @@ class RegularizerSettings:
                 "regularizer: give one of sub_batches and sub_batch_size, "
                 f"got sub_batches={self.sub_batches} and sub_batch_size={self.sub_batch_size}"
             )
-        if (self.way == "sampled") != (self.sampled is not None):
+        if (self.sampled is not None) + (self.budget is not None) != (self.way == "sampled"):
             raise ValueError(
-                f"regularizer.sampled goes with regularizer.way=sampled, got way={self.way} and sampled={self.sampled}"
+                "regularizer: one of sampled and budget goes with way=sampled, and only with it, "
+                f"got way={self.way}, sampled={self.sampled} and budget={self.budget}"
             )
+        _require(self.budget is None or self.budget > 1, "regularizer.budget", "above 1", self.budget)
+        _require(self.ramp_steps >= 1, "regularizer.ramp_steps", "at least 1", self.ramp_steps)
+        _require(self.health_every_steps >= 0, "regularizer.health_every_steps", "at least 0", self.health_every_steps)
         for name in ("sub_batches", "sub_batch_size", "sampled"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"regularizer.{name}", "at least 1", value)
@@ -189,8 +201,10 @@ class EvaluationSettings:
 class MetricSettings:
     """The metric γ̂ (Jia & Su 2020, Eq. 6), on un-augmented training images."""
 
-    every_epochs: int = 0
-    """Epochs between estimates; 0: at the end only."""
+    every_epochs: int | None = None
+    """Epochs between estimates; 0: at the end only; null: as often as ``share`` allows."""
+    share: float = 0.02
+    """Largest share of the run's time that goes to estimates before the end, where every_epochs is null."""
     trials: int = 100
     """Trials averaged (T); 0: no metric."""
     samples: int = 100
@@ -199,7 +213,9 @@ class MetricSettings:
     """The trials' images are drawn from the first so many training images of a fixed shuffle."""
 
     def __post_init__(self) -> None:
-        _require(self.every_epochs >= 0, "metric.every_epochs", "at least 0", self.every_epochs)
+        every = self.every_epochs
+        _require(every is None or every >= 0, "metric.every_epochs", "at least 0, or null", every)
+        _require(0 < self.share < 1, "metric.share", "between 0 and 1", self.share)
         _require(self.trials >= 0, "metric.trials", "at least 0", self.trials)
         _require(self.samples >= 2, "metric.samples", "at least 2", self.samples)
         _require(self.images >= self.samples, "metric.images", "at least metric.samples", self.images)
@@ -244,6 +260,8 @@ class Config:
     """A run directory or a checkpoint to go on from; auto: go on from run_dir if it holds a checkpoint."""
     threads: int | None = None
     """Threads a worker computes with on the CPU; null: the machine's cores, shared by the workers on it."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the training passes; bf16: autocast, with weights and their update in fp32."""
     data: DataSettings = field(default_factory=lambda: DataSettings(global_batch_size=128))
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)

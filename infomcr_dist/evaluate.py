@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from infomcr_dist.config import MetricSettings
-from infomcr_dist.fisher import Estimate, gamma_hat, gradient_gram
+from infomcr_dist.fisher import Estimate, Spectrum, estimate, gradient_gram, spectrum
 from infomcr_dist.functional import functional_loss
 from infomcr_dist.world import Solo
 from pipelines import Loader, Part, Split, evaluation_parts
@@ -39,24 +38,39 @@ def evaluate(model: nn.Module, loader: Loader, split: Split, batch_size: int, wo
     return Errors(loss / samples, top1 / samples, top5 / samples, int(samples))
 
 
-def estimate_gamma(
-    model: nn.Module, loader: Loader, split: Split, settings: MetricSettings, seed: int, world: Solo
-) -> Estimate:
-    """γ̂ (Jia & Su 2020, Eq. 6) on training images; trials are shared by the workers, the result does not depend on how.
+@dataclass(frozen=True)
+class Curvature:
+    """Means over the trials of what their Gram matrices say (Jia & Su 2020, Sec. 5.3 and 7.1)."""
 
-    Trial t draws its N' images without replacement by (seed, t) alone, out of the first ``settings.images`` of a
-    shuffle by the seed.
+    gamma_hat: Estimate
+    frobenius: Estimate
+    spectral_radius: Estimate
+    trace: Estimate
+
+
+def estimate_curvature(
+    model: nn.Module, loader: Loader, split: Split, trials: int, samples: int, images: int, seed: int, world: Solo,
+) -> Curvature:  # fmt: skip
+    """γ̂ (Eq. 6) and its companions on un-augmented training images, the same at any number of workers.
+
+    Trial t draws its N' = ``samples`` images without replacement by (seed, t) alone, out of the first ``images`` of a
+    shuffle by the seed. The workers share the trials out; one number set a trial travels.
     """
-    samples = min(settings.samples, len(split))
-    pool = np.random.default_rng([seed, 0]).permutation(len(split))[: settings.images]
-    mine = range(world.rank, settings.trials, world.size)
-    parts = (_trial_part(trial, pool, samples, seed) for trial in mine)
+    pool = np.random.default_rng([seed, 0]).permutation(len(split))[:images]
+    samples = min(samples, len(pool))
+    parts = (_trial_part(trial, pool, samples, seed) for trial in range(world.rank, trials, world.size))
     with evaluating(model), torch.enable_grad():
         loss_fn = functional_loss(model)
         params = {name: p.detach() for name, p in model.named_parameters()}
-        grams = [gradient_gram(loss_fn, params, batch).cpu() for batch in loader.batches(parts)]
-    by_rank = world.gather(grams)
-    return gamma_hat([by_rank[trial % world.size][trial // world.size] for trial in range(settings.trials)])
+        mine = [astuple(spectrum(gradient_gram(loss_fn, params, batch))) for batch in loader.batches(parts)]
+    by_rank = world.gather(mine)
+    spectra = [Spectrum(*by_rank[trial % world.size][trial // world.size]) for trial in range(trials)]
+    return Curvature(
+        gamma_hat=estimate([s.log_determinant for s in spectra], min(s.smallest_eigenvalue for s in spectra)),
+        frobenius=estimate([s.frobenius for s in spectra]),
+        spectral_radius=estimate([s.spectral_radius for s in spectra]),
+        trace=estimate([s.trace for s in spectra]),
+    )
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from infomcr_dist import checkpoint, models
+from infomcr_dist.budget import Budget
 from infomcr_dist.config import Config, OptimizerSettings, to_dict, to_yaml
 from infomcr_dist.schedules import LearningRate, PenaltyWeight
 from infomcr_dist.telemetry import Telemetry
@@ -46,6 +47,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     learning_rate: LearningRate
     penalty_weight: PenaltyWeight
+    budget: Budget | None
     first_epoch: int
     telemetry: Telemetry
     training_images: Loader
@@ -60,24 +62,31 @@ class Run:
         for loader in (self.training_images, self.train_images, self.test_images):
             loader.close()
 
-    def penalty(self, part: Part, beta: float | None) -> dict[str, Any] | None:
-        """Arguments of `regularized_backward` for a step; None for a plain one.
+    def penalised(self, part: Part, step: int) -> int | None:
+        """How many of a worker's sub-batches a step of the regularized phase penalises; None: its parts do not split.
 
         A last, smaller global batch is regularized only if every worker's part of it splits into whole sub-batches:
         their size is the penalty's strength.
         """
-        size = self.sub_batch_size
-        if beta is None or size is None or part.global_size % (size * self.world.size):
+        size, settings = self.sub_batch_size, self.config.regularizer
+        if size is None or part.global_size % (size * self.world.size):
+            return None
+        sub_batches = len(part.samples) // size
+        if self.budget is not None:
+            return min(self.budget.draw(step), sub_batches)
+        return min(settings.sampled or sub_batches, sub_batches)
+
+    def penalty(self, part: Part, penalised: int | None, beta: float | None) -> dict[str, Any] | None:
+        """Arguments of `regularized_backward` for a step; None for a plain one."""
+        if beta is None or not penalised:
             return None
         s = self.config.regularizer
-        sub_batches = len(part.samples) // size
-        sampled = None if s.sampled is None else min(s.sampled, sub_batches)
         return {
             "alpha": s.alpha,
-            "beta": beta,
-            "sub_batches": sub_batches,
+            "beta": beta * (penalised / self.budget.mean if self.budget is not None else 1.0),
+            "sub_batch_size": self.sub_batch_size,
             "way": s.way,
-            "sampled": sampled,
+            "sampled": penalised if s.way == "sampled" else None,
             "derivative": s.derivative,
         }
 
@@ -92,6 +101,7 @@ def save(run: Run, epochs: int) -> None:
                 "optimizer": run.optimizer.state_dict(),
                 "learning_rate": run.learning_rate.state_dict(),
                 "penalty_weight": run.penalty_weight.state_dict(),
+                "budget": run.budget and run.budget.state_dict(),
                 "settings": _settings(run.config, run.dataset, run.order),
                 "config": to_dict(run.config),
                 "classes": run.dataset.classes,
@@ -148,12 +158,17 @@ def prepare_run(config: Config, recipe: Path, world: Solo) -> Run:
     scale = order.global_batch / (config.optimizer.reference_batch_size or order.global_batch)
     learning_rate = LearningRate(config.schedule, config.optimizer.learning_rate * scale, config.epochs, order.steps)
     penalty_weight = PenaltyWeight(config.regularizer, config.schedule.warmup_epochs)
+    budget = None
+    if config.regularizer.budget is not None and sub_batch_size is not None:
+        budget = Budget(config.regularizer.budget, local_batch // sub_batch_size, config.seed)
     optimizer = world.distribute(_optimizer(config.optimizer, model), model)
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         learning_rate.load_state_dict(state["learning_rate"])
         penalty_weight.load_state_dict(state["penalty_weight"])
+        if budget is not None:
+            budget.load_state_dict(state["budget"])
 
     with world.together():
         if world.rank == 0:
@@ -173,6 +188,7 @@ def prepare_run(config: Config, recipe: Path, world: Solo) -> Run:
         optimizer=optimizer,
         learning_rate=learning_rate,
         penalty_weight=penalty_weight,
+        budget=budget,
         first_epoch=first_epoch,
         telemetry=telemetry,
         training_images=training_images,

@@ -58,8 +58,26 @@ class LearningRate:
         self._stale_epochs = state["stale_epochs"]
 
 
+class TimeShare:
+    """Whether something occasional may happen now, so that it takes at most a share of the time. Times in seconds."""
+
+    def __init__(self, share: float, began: float) -> None:
+        self.share, self.began = share, began
+        self.spent = 0.0
+        self.last: float | None = None
+
+    def allows(self, now: float, guess: float) -> bool:
+        """Whether one more fits; it is expected to take what the last took, or ``guess`` before the first."""
+        return self.spent + (guess if self.last is None else self.last) <= self.share * (now - self.began)
+
+    def add(self, seconds: float) -> None:
+        """One happened and took so long."""
+        self.last = seconds
+        self.spent += seconds
+
+
 class PenaltyWeight:
-    """β over the run: None before the regularizer is on, then a linear ramp to its value.
+    """β over the run: None before the regularizer is on, then a ramp to its value.
 
     With ``after_drop`` it goes on at the first drop of the learning rate after the warm-up, whichever schedule made it:
     at once where the rate falls by a tenth or more from one step to the next, and at half the peak where it falls
@@ -79,9 +97,15 @@ class PenaltyWeight:
         self._peak_rate, self._last_rate = max(self._peak_rate, rate), rate
         if self.on_since is None:
             return None
-        if progress - self.on_since < self.settings.ramp_epochs:
-            return self.settings.beta * (progress - self.on_since) / self.settings.ramp_epochs
-        return self.settings.beta
+        s = self.settings
+        if progress - self.on_since >= s.ramp_epochs:
+            return s.beta
+        done = (progress - self.on_since) / s.ramp_epochs
+        if s.ramp == "cosine":
+            done = 0.5 * (1 - math.cos(math.pi * done))
+        elif s.ramp == "steps":
+            done = (math.floor(done * s.ramp_steps) + 1) / (s.ramp_steps + 1)
+        return s.beta * done
 
     def _goes_on(self, progress: float, rate: float) -> bool:
         if self.settings.when == "after_drop":

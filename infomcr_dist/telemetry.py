@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -37,6 +38,9 @@ class StepRecord:
     penalty: float | None
     """R_α of this rank's batch (Jia & Su 2020, Eq. 7), before β"""
     beta: float | None
+    """β of the schedule"""
+    penalised: int | None
+    """sub-batches of this rank whose penalty was taken; None before the regularizer is on"""
     learning_rate: float
     samples: int
     """images of this rank"""
@@ -104,9 +108,7 @@ class Telemetry:
     def say(self, text: str) -> None:
         """Print lines above the bar."""
         if self._bar is not None:
-            self._bar.clear()
-            for line in text.splitlines():
-                tqdm.write(line, file=sys.stdout)
+            tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def close(self) -> None:
@@ -155,6 +157,13 @@ class _Metrics:
                 "epoch": "Epochs completed",
                 "gamma_hat": "Metric gamma-hat, ln of the determinant of xi (Eq. 6); lower generalizes better",
                 "gamma_hat_standard_error": "Standard error of gamma_hat over its trials",
+                "gamma_hat_cost_seconds": "Time the last estimate of gamma_hat took",
+                "gamma_hat_age_seconds": "Time since the last estimate of gamma_hat",
+                "fisher_trace": "Trace of the Fisher information, mean over the trials",
+                "fisher_spectral_radius": "Spectral radius of the Fisher information, mean over the trials",
+                "penalty_health_ratio": "Relative disagreement of finite difference and exact derivative",
+                "penalised_sub_batches": "Sub-batches of the last update whose penalty was taken",
+                "overhead_ratio": "Time of the steps since the regularizer is on over that of plain steps",
             }.items()
         }
         self._errors = {
@@ -174,8 +183,12 @@ class _Metrics:
             histogram.observe(getattr(record, name))
         self._gauges["regularizer_active"].set(record.phase == "regularized")
         self.event({name: getattr(record, name) for name in ("loss", "penalty", "beta", "learning_rate")})
+        self.event({"penalised_sub_batches": record.penalised})
 
     def event(self, values: dict[str, Any]) -> None:
+        if "gamma_hat" in values:
+            measured = time.time()
+            self._gauges["gamma_hat_age_seconds"].set_function(lambda: time.time() - measured)
         for name, value in values.items():
             if name in self._gauges and value is not None:
                 self._gauges[name].set(value)

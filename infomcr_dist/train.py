@@ -9,6 +9,7 @@ or the data, named in one line; 1: anything else.
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import time
@@ -20,11 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from infomcr_dist.budget import WINDOW
 from infomcr_dist.config import Config, load_config
-from infomcr_dist.evaluate import Errors, estimate_gamma, evaluate
+from infomcr_dist.evaluate import Curvature, Errors, estimate_curvature, evaluate
 from infomcr_dist.fisher import Estimate
 from infomcr_dist.regularizer import Losses, regularized_backward
 from infomcr_dist.run import Run, prepare_run, save
+from infomcr_dist.schedules import TimeShare
 from infomcr_dist.telemetry import StepRecord
 from infomcr_dist.world import Solo, UserError, connect
 
@@ -43,7 +46,8 @@ def train_step(
     *,
     weight: float,
     penalty: dict[str, Any] | None,
-    clip_gradient_norm: float | None,
+    bf16: bool = False,
+    clip_gradient_norm: float | None = None,
 ) -> tuple[Losses, float]:
     """One update of L + βR_α (Jia & Su 2020, Algorithm 1), or of L where ``penalty`` is None.
 
@@ -54,12 +58,13 @@ def train_step(
     images, labels = batch
     optimizer.zero_grad()
     losses = Losses(torch.zeros(()), torch.zeros(()))
-    if penalty is not None:
-        losses = regularized_backward(model, criterion, images, labels, weight=weight, **penalty)
-    elif len(labels):  # a last, smaller global batch may leave a worker without images: its gradient is zero
-        loss = criterion(model(images), labels)
-        (loss * weight).backward()
-        losses = Losses(loss.detach(), torch.zeros(()))
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        if penalty is not None:
+            losses = regularized_backward(model, criterion, images, labels, weight=weight, **penalty)
+        elif len(labels):  # a last, smaller global batch may leave a worker without images: its gradient is zero
+            loss = criterion(model(images), labels)
+            (loss * weight).backward()
+            losses = Losses(loss.detach(), torch.zeros(()))
     before = time.perf_counter()
     world.average_gradients(optimizer)
     waited = time.perf_counter() - before
@@ -81,12 +86,36 @@ def train(run: Run) -> None:
         telemetry.event("evaluation", epoch=epoch + 1, split=split, **asdict(result))
         return result
 
-    def gamma() -> Estimate:
-        result = estimate_gamma(run.model, run.train_images, run.splits["train"], config.metric, config.seed, world)
+    metric_time = TimeShare(config.metric.share, began=time.perf_counter())
+
+    def metric_due(last: bool) -> bool:
+        settings, plain = config.metric, _medians(durations)[0]
+        if settings.trials == 0 or last:
+            return settings.trials > 0
+        if settings.every_epochs is not None:
+            return _due(epoch, settings.every_epochs)
+        # A per-sample gradient costs about as much as a plain step's share of an image; twice that, to be safe.
+        images = settings.trials * settings.samples / run.order.global_batch
+        return bool(world.broadcast(metric_time.allows(time.perf_counter(), guess=2 * images * (plain or math.inf))))
+
+    def measure() -> Curvature:
+        m, before = config.metric, time.perf_counter()
+        result = estimate_curvature(
+            run.model, run.train_images, run.splits["train"], m.trials, m.samples, m.images, config.seed, world
+        )
+        metric_time.add(time.perf_counter() - before)
         telemetry.event(
-            "metric", epoch=epoch + 1, gamma_hat=result.mean, gamma_hat_standard_error=result.standard_error,
-            trials=result.trials, samples=config.metric.samples, singular=result.singular,
-        )  # fmt: skip
+            "metric",
+            epoch=epoch + 1,
+            gamma_hat=result.gamma_hat.mean,
+            gamma_hat_standard_error=result.gamma_hat.standard_error,
+            gamma_hat_cost_seconds=metric_time.last,
+            fisher_trace=result.trace.mean,
+            fisher_spectral_radius=result.spectral_radius.mean,
+            trials=m.trials,
+            samples=m.samples,
+            singular=result.gamma_hat.singular,
+        )
         return result
 
     test = train = metric = None
@@ -97,17 +126,16 @@ def train(run: Run) -> None:
         world.average_buffers(run.model)
         test = errors("test") if last or _due(epoch, config.evaluation.every_epochs) else None
         train = errors("train") if last or _due(epoch, config.evaluation.train_every_epochs) else None
-        measured = config.metric.trials and (last or _due(epoch, config.metric.every_epochs))
-        metric = gamma() if measured else None
+        metric = measure() if metric_due(last) else None
         telemetry.event("epoch", epoch=epoch + 1, training_loss=training_loss)
-        telemetry.say(_epoch_line(epoch + 1, config.epochs, training_loss, test, train, metric))
+        telemetry.say(_epoch_line(epoch + 1, config.epochs, training_loss, test, train, metric, metric_time))
         if last or _due(epoch, config.checkpoint.every_epochs):
             save(run, epoch + 1)
     assert test is not None
     assert train is not None
     plain, regularized = _medians(durations)
     telemetry.event("end", plain_step_seconds=plain, regularized_step_seconds=regularized)
-    telemetry.say(_summary(run, test, train, metric, durations))
+    telemetry.say(_summary(run, test, train, metric.gamma_hat if metric else None, durations))
 
 
 def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations) -> float:
@@ -135,7 +163,8 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
             group["lr"] = rate
         # Random masks and drawn sub-batches depend on the step alone, so that a resumed run draws the same.
         torch.manual_seed((config.seed * 1_000_003 + step) * 65_537 + world.rank)
-        penalty = run.penalty(part, beta)
+        penalised = None if beta is None else run.penalised(part, step)
+        penalty = run.penalty(part, penalised, beta)
         losses, allreduce_wait = train_step(
             run.model,
             criterion,
@@ -144,6 +173,7 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
             batch,
             weight=len(part.samples) * world.size / part.global_size,
             penalty=penalty,
+            bf16=config.precision == "bf16",
             clip_gradient_norm=config.optimizer.clip_gradient_norm,
         )
         loss = losses.loss.item()  # also waits for the device, so that the step's time is the step's
@@ -158,6 +188,7 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
             loss=loss,
             penalty=None if penalty is None else losses.penalty.item(),
             beta=None if penalty is None else beta,
+            penalised=penalised,
             learning_rate=rate,
             samples=len(part.samples),
             step_duration_seconds=now - began,
@@ -166,6 +197,11 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
         )
         began = now
         telemetry.step(record, part.global_size)
+        if run.budget is not None and (beta is None or penalised is not None):
+            run.budget.observe(penalised, record.step_duration_seconds)
+            if beta is not None and step % WINDOW == 0:
+                telemetry.event("budget", overhead_ratio=run.budget.measured_ratio, penalised_mean=run.budget.mean)
+                run.budget.mean = world.broadcast(run.budget.propose())
         if phase == "regularized" and len(durations[phase]) == _MEASURED_STEPS:
             _announce_overhead(run, durations)
     total_loss, images_seen = world.sum([total_loss, images_seen])
@@ -234,14 +270,20 @@ def _due(epoch: int, every: int) -> bool:
 
 
 def _epoch_line(
-    epoch: int, epochs: int, loss: float, test: Errors | None, train: Errors | None, gamma: Estimate | None
+    epoch: int,
+    epochs: int,
+    loss: float,
+    test: Errors | None,
+    train: Errors | None,
+    metric: Curvature | None,
+    metric_time: TimeShare,
 ) -> str:
     line = f"epoch {epoch}/{epochs}: training loss {loss:.4f}"
     for split, errors in (("test", test), ("train", train)):
         if errors is not None:
             line += f", {split} error {errors.top1_error_ratio:.2%}"
-    if gamma is not None:
-        line += f", γ̂ {_plus_minus(gamma)}"
+    if metric is not None:
+        line += f", γ̂ {_plus_minus(metric.gamma_hat)} in {metric_time.last:.1f} s"
     return line
 
 

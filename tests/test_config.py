@@ -52,7 +52,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         (["data.batch_size=8", "data.global_batch_size=16"], "give one of batch_size .* got batch_size=8"),
         (
             ["regularizer.way=sampled", "regularizer.sub_batches=8"],
-            "regularizer.sampled goes with regularizer.way=sampled",
+            "one of sampled and budget goes with way=sampled",
         ),
         (["regularizer.when=from_epoch", "regularizer.sub_batches=8"], "regularizer.epoch goes with"),
         (["regularizer.sub_batches=8", "regularizer.sub_batch_size=8"], "give one of sub_batches and sub_batch_size"),

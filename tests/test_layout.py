@@ -14,11 +14,12 @@ MAY_IMPORT = {
     "models": {"models"},
     "config": set(),
     "schedules": {"config"},
+    "budget": set(),
     "world": set(),
     "checkpoint": set(),
     "telemetry": {"checkpoint", "config"},
-    "evaluate": {"config", "fisher", "functional", "world"},
-    "run": {"checkpoint", "config", "models", "schedules", "telemetry", "world"},
+    "evaluate": {"fisher", "functional", "world"},
+    "run": {"budget", "checkpoint", "config", "models", "schedules", "telemetry", "world"},
     "__init__": {"regularizer"},
 }
 COMMANDS = {"train", "measure", "study", "report", "doctor"}

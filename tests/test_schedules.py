@@ -5,7 +5,7 @@ import math
 import pytest
 
 from infomcr_dist.config import RegularizerSettings, ScheduleSettings
-from infomcr_dist.schedules import LearningRate, PenaltyWeight
+from infomcr_dist.schedules import LearningRate, PenaltyWeight, TimeShare
 
 STEPS = 50  # an epoch
 
@@ -105,11 +105,20 @@ def test_other_switches_ignore_the_rate(settings: RegularizerSettings, expected:
     assert switch_on(settings, ScheduleSettings(milestones=(2,)), 3) == expected
 
 
-def test_ramp_rises_linearly_from_the_switch_on() -> None:
-    settings = RegularizerSettings(sub_batch_size=16, beta=8, ramp_epochs=2)
+@pytest.mark.parametrize(
+    ("ramp", "expected"),
+    [
+        ("linear", [0, 2, 4, 6]),
+        ("cosine", [4 * (1 - math.cos(math.pi * i / 4)) for i in range(4)]),
+        ("steps", [8 / 3, 8 / 3, 16 / 3, 16 / 3]),
+    ],
+)
+def test_beta_rises_from_the_switch_on(ramp: str, expected: list[float]) -> None:
+    settings = RegularizerSettings(sub_batch_size=16, beta=8, ramp=ramp, ramp_epochs=4, ramp_steps=2)  # type: ignore[arg-type]
     weight = PenaltyWeight(settings, 0)
-    betas = [weight.at(epoch, 1.0 if epoch < 2 else 0.1) for epoch in range(6)]
-    assert betas == [None, None, 0.0, 4.0, 8.0, 8.0]
+    betas = [weight.at(epoch, 1.0 if epoch < 2 else 0.1) for epoch in range(8)]
+    assert betas[:2] == [None, None]
+    assert betas[2:] == pytest.approx([*expected, 8, 8])
 
 
 def test_switch_survives_a_restart() -> None:
@@ -124,3 +133,17 @@ def test_switch_survives_a_restart() -> None:
         return seen
 
     assert all(sequence(i) == sequence(-1) for i in range(6))
+
+
+@pytest.mark.parametrize(("share", "cost"), [(0.02, 5.0), (0.1, 0.3), (0.5, 40.0)])
+def test_a_time_share_is_used_up_and_not_exceeded(share: float, cost: float) -> None:
+    meter, now, count = TimeShare(share, began=100.0), 100.0, 0
+    for _ in range(10_000):
+        now += 1.0
+        if meter.allows(now, guess=2 * cost):
+            meter.add(cost)
+            now += cost
+            count += 1
+        assert meter.spent <= share * (now - 100.0)
+    assert meter.spent == pytest.approx(cost * count)
+    assert meter.spent > share * (now - 100.0) - 2 * cost - 1

@@ -219,6 +219,27 @@ def test_one_two_and_three_workers_take_the_same_steps(folder: Path) -> None:
         assert other[2] == pytest.approx(losses[0][2], rel=1e-3)
 
 
+def test_a_budget_in_mixed_precision(folder: Path) -> None:
+    """Workers draw the same counts and end together; what is exported is what was measured."""
+    run = folder / "budget"
+    result = horovodrun(
+        2, sys.executable, "-m", "infomcr_dist.train", "recipe.yaml", f"run_dir={run}", "telemetry.port=null",
+        "epochs=8", "schedule.milestones=[1]", "regularizer.way=sampled", "regularizer.budget=1.5", "precision=bf16",
+        "metric.trials=0", cwd=folder,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    steps = records(run, "step")
+    assert [s["penalised"] for s in steps[:STEPS]] == [None] * STEPS
+    # 4 sub-batches a worker; the last, smaller batch of an epoch does not split.
+    whole = [s["penalised"] for s in steps[STEPS:] if s["samples"] == 32]
+    assert set(whole) <= set(range(5))
+    assert len(set(whole)) > 1
+    assert all((s["phase"] == "regularized") == bool(s["penalised"]) for s in steps)
+    settings = records(run, "budget")
+    assert len(settings) == 1
+    assert settings[0]["overhead_ratio"] > 0
+
+
 # Bad input: one process, in this one, unless it takes several.
 
 
@@ -305,9 +326,12 @@ def test_broken_shards(here: Path, capsys: pytest.CaptureFixture[str], small_dat
     shard = next(iter(sorted((broken("empty") / "train").glob("*.tar"))))
     shard.write_bytes(b"")
     assert shard.name in train(here, capsys, "data.path=empty")
-    manifest = broken("none") / "manifest.json"
-    manifest.unlink()
-    assert "manifest.json" in train(here, capsys, "data.path=none")
+    shard = next(iter(sorted((broken("text") / "train").glob("*.tar"))))
+    shard.write_bytes(b"not a tar " * (shard.stat().st_size // 10) + b"x" * (shard.stat().st_size % 10))
+    (here / "text" / "manifest.json").unlink()
+    assert shard.name in train(here, capsys, "data.path=text")
+    (here / "bare").mkdir()
+    assert "bare" in train(here, capsys, "data.path=bare")
 
 
 def test_no_room_for_a_checkpoint(
