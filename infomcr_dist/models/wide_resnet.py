@@ -7,8 +7,8 @@ from infomcr_dist.models.resnet import assemble, basic_block, projection
 
 
 class PreactivatedBlock(nn.Module):
-    """B(3,3): BatchNorm, ReLU and a 3x3 convolution, twice. The shortcut is the input, or a 1x1 convolution of the first
-    activation where the shape changes."""
+    """B(3,3): BatchNorm, ReLU and a 3x3 convolution, twice. The shortcut is the input, or a 1x1 convolution of the
+    first activation where the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
