@@ -1,6 +1,7 @@
 """Shards in, batches out: a data set of tar shards, the exact order of its samples, and loaders that decode them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -9,9 +10,19 @@ from .order import Order, Part, evaluation_parts
 from .reader import OnError
 from .shards import Dataset, Split, open_dataset
 
-__all__ = ["Dataset", "Loader", "Order", "Part", "Split", "evaluation_parts", "open_dataset", "open_loader"]
+__all__ = [
+    "Dataset",
+    "Loader",
+    "Order",
+    "Part",
+    "Split",
+    "evaluation_parts",
+    "open_dataset",
+    "open_loader",
+    "open_stream",
+]
 
-Backend = Literal["dali", "torch", "synthetic"]
+Backend = Literal["dali", "torch", "webdataset", "synthetic"]
 
 
 class Loader(Protocol):
@@ -47,10 +58,13 @@ def open_loader(
     threads: int = 2,
     prefetch: int = 3,
     on_error: OnError = "stop",
+    rank: int | None = None,
+    world_size: int | None = None,
 ) -> Loader:
     """A loader of `split`.
 
-    backend: "dali", "torch" (simplejpeg and OpenCV in threads) or "synthetic" (random images); augmentation: a name in
+    backend: "dali", "torch" (simplejpeg and OpenCV in threads), "webdataset" (the same on a stream of the shards,
+    without the exact order; it alone needs rank and world_size) or "synthetic" (random images); augmentation: a name in
     `pipelines.augment`; color_jitter: largest relative change of brightness, contrast and saturation; size: side of the
     images in pixels; batch_size: the largest part; threads: for reading, and with DALI as many again for decoding;
     prefetch: parts read ahead; on_error: "stop" at a sample that cannot be read or decoded, or "skip" it, the next one
@@ -91,4 +105,59 @@ def open_loader(
         except ModuleNotFoundError as error:
             raise ValueError(f"backend torch needs the module {error.name}; install it or use dali") from None
         return TorchLoader(split, **settings)
-    raise ValueError(f"backend must be dali, torch or synthetic, got {backend!r}")
+    if backend == "webdataset":
+        if rank is None or world_size is None:
+            raise ValueError("backend webdataset needs rank and world_size, by which it deals out the shards")
+        if settings.pop("on_error") != "stop":
+            raise ValueError("backend webdataset cannot skip samples alike on every rank; set on_error to stop")
+        urls = [str(shard.path) for shard in split.shards]
+        return open_stream(urls, rank=rank, world_size=world_size, **settings)
+    raise ValueError(f"backend must be dali, torch, webdataset or synthetic, got {backend!r}")
+
+
+def open_stream(
+    urls: str | Sequence[str],
+    *,
+    rank: int,
+    world_size: int,
+    augmentation: str = "none",
+    color_jitter: float = 0.0,
+    size: int,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    seed: int = 0,
+    batch_size: int,
+    device: torch.device,
+    threads: int = 2,
+    prefetch: int = 3,
+    shuffle: int = 2000,
+    cache: Path | None = None,
+) -> Loader:
+    """A loader of shards that are streamed; see `pipelines.webdataset` for what it cannot promise.
+
+    urls: local paths, http(s)://, pipe:COMMAND or what else the webdataset library opens, braces expanded
+    ("https://host/train-{0000..0999}.tar"); shuffle: samples in the mixing buffer; cache: folder that keeps a copy of
+    what was streamed. The other arguments are those of `open_loader`. Make the parts with Order(samples, ...), samples
+    being the number in all shards.
+    """
+    try:
+        from .webdataset import StreamLoader, expand
+    except ModuleNotFoundError as error:
+        raise ValueError(f"backend webdataset needs the module {error.name}; install it or use dali") from None
+    return StreamLoader(
+        expand(urls),
+        rank=rank,
+        world_size=world_size,
+        shuffle=shuffle,
+        cache=cache,
+        augmentation=augmentation,
+        color_jitter=color_jitter,
+        size=size,
+        mean=mean,
+        std=std,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        threads=threads,
+        prefetch=prefetch,
+    )

@@ -35,6 +35,9 @@ def run(program: str, main: Callable[[list[str]], None]) -> None:
     """Calls main with the arguments; a user's mistake, or a full disk, becomes one line and exit code 2."""
     try:
         main(sys.argv[1:])
+    except BrokenPipeError:  # of `... | head`
+        sys.stderr.close()
+        sys.exit(1)
     except (ValueError, OSError) as error:
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

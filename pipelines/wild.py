@@ -26,7 +26,8 @@ from .writer import write_file
 # Their pixels are not known; these are the usual figures of ImageNet.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SPLITS = {"train": "train", "test": "test", "val": "test", "valid": "test", "validation": "test"}
-_IMAGES = {"jpg", "jpeg", "png"}
+IMAGES = frozenset(("jpg", "jpeg", "png"))
+_LABELS = frozenset(("cls", "json"))
 _LABEL_FIELDS = ("label", "cls", "target")
 _HEAD_BYTES = 65536  # nearly always enough of an image to know its size
 
@@ -93,11 +94,12 @@ def _index_shard(path: Path) -> NDArray[Any]:
     rows = []
     with path.open("rb") as file:
         for key, parts in _samples(path).items():
-            images = _IMAGES & parts.keys()
+            images = IMAGES & parts.keys()
             if not images:
                 continue
             offset, size = parts[min(images)]
-            label = _label(file.fileno(), path, key, parts)
+            labels = {name: os.pread(file.fileno(), parts[name][1], parts[name][0]) for name in _LABELS & parts.keys()}
+            label = label_of(f"{path}: {key}", labels)
             rows.append((offset, size, 0, label, *_sides(os.pread(file.fileno(), min(size, _HEAD_BYTES), offset))))
     if not rows:
         raise ValueError(f"{path} holds no .jpg, .jpeg or .png image; it is no shard of labelled images")
@@ -114,12 +116,12 @@ def _samples(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     return samples
 
 
-def _label(file: int, path: Path, key: str, parts: dict[str, tuple[int, int]]) -> int:
+def label_of(where: str, members: dict[str, bytes]) -> int:
+    """The label in the .cls or .json of a sample, given by extension; ValueError names `where` if there is none."""
     for extension in ("cls", "json"):
-        if extension not in parts:
+        if extension not in members:
             continue
-        offset, size = parts[extension]
-        text = os.pread(file, size, offset)
+        text = members[extension]
         try:
             value = json.loads(text)
         except ValueError:
@@ -128,11 +130,11 @@ def _label(file: int, path: Path, key: str, parts: dict[str, tuple[int, int]]) -
             value = next((value[field] for field in _LABEL_FIELDS if field in value), None)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
             raise ValueError(
-                f"{path}: {key}.{extension} holds no label ({text[:40]!r}); it must be a number of 0 or more, in .json "
+                f"{where}.{extension} holds no label ({text[:40]!r}); it must be a number of 0 or more, in .json "
                 f"alone or as one of the fields {', '.join(_LABEL_FIELDS)}"
             )
         return value
-    raise ValueError(f"{path}: {key} has an image but no label; a member {key}.cls or {key}.json is needed")
+    raise ValueError(f"{where} has an image but no label; a member {where.rpartition(' ')[2]}.cls or .json is needed")
 
 
 def _sides(head: bytes) -> tuple[int, int]:

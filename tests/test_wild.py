@@ -112,7 +112,7 @@ def test_the_index_is_built_once_and_again_when_a_shard_changes(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([("a.jpg", jpeg(1))], "a has an image but no label; a member a.cls or a.json is needed"),
+        ([("a.jpg", jpeg(1))], r"a has an image but no label; a member a\.cls or \.json is needed"),
         ([("a.jpg", jpeg(1)), ("a.cls", b"dog")], r"a\.cls holds no label \(b'dog'\)"),
         ([("a.jpg", jpeg(1)), ("a.cls", b"-1")], r"a\.cls holds no label \(b'-1'\)"),
         ([("a.jpg", jpeg(1)), ("a.json", b'{"caption": 3}')], r"a\.json holds no label"),
