@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 FORMAT = 1
 State = dict[str, Any]
@@ -71,6 +72,16 @@ def load(path: Path) -> State:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this project (format {FORMAT})")
     return state
+
+
+def restore_weights(model: nn.Module, state: State, path: Path) -> None:
+    """Load the weights and buffers of a checkpoint; ValueError if they are another network's."""
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights of {path} do not fit the model it names: the model's code has changed since"
+        ) from error
 
 
 def _newest_first(directory: Path) -> list[Path]:

@@ -314,14 +314,13 @@ def load_config(settings_type: type[Settings], recipe: Path | None, overrides: l
     except OmegaConfBaseException as error:
         raise ValueError(_one_line(error)) from error
     assert isinstance(given, dict)
-    given_settings = cast("dict[str, Any]", given)
-    _check_keys(settings_type, given_settings, "")
-    try:
-        # Values the recipe leaves out are the dataclasses' defaults, but alternatives ("give one of") must not be
-        # filled from a default when the user gave the other: sections are built from what was given alone.
-        return _build(settings_type, given_settings, "")
-    except OmegaConfBaseException as error:
-        raise ValueError(_one_line(error)) from error
+    return from_dict(settings_type, cast("dict[str, Any]", given))
+
+
+def from_dict(settings_type: type[Settings], given: dict[str, Any]) -> Settings:
+    """A tree of frozen dataclasses from plain, nested dictionaries, as `to_dict` gives them; ValueError as above."""
+    _check_keys(settings_type, given, "")
+    return _build(settings_type, given, "")
 
 
 def to_yaml(config: Any) -> str:
@@ -335,6 +334,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def _build(settings_type: type[Settings], given: dict[str, Any], prefix: str) -> Settings:
+    # Alternatives ("give one of") must not be filled from a default where the other was given, so a section is built
+    # from what was given alone.
     values: dict[str, Any] = {}
     hints = _hints(settings_type)
     for name, value in given.items():

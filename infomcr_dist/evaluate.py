@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from infomcr_dist.fisher import Estimate, Spectrum, estimate, gradient_gram, spectrum
-from infomcr_dist.functional import functional_loss
+from infomcr_dist.config import MetricSettings
+from infomcr_dist.fisher import Estimate, Spectrum, estimate, gradient_gram, robustness, spectrum
+from infomcr_dist.functional import Criterion, functional_loss
 from infomcr_dist.world import Solo
 from pipelines import Loader, Part, Split, evaluation_parts
+
+_ROBUSTNESS_BATCH = 50
 
 
 @dataclass(frozen=True)
@@ -49,28 +52,47 @@ class Curvature:
 
 
 def estimate_curvature(
-    model: nn.Module, loader: Loader, split: Split, trials: int, samples: int, images: int, seed: int, world: Solo,
-) -> Curvature:  # fmt: skip
+    model: nn.Module,
+    loader: Loader,
+    split: Split,
+    settings: MetricSettings,
+    seed: int,
+    world: Solo,
+    criterion: Criterion = F.cross_entropy,
+) -> Curvature:
     """γ̂ (Eq. 6) and its companions on un-augmented training images, the same at any number of workers.
 
-    Trial t draws its N' = ``samples`` images without replacement by (seed, t) alone, out of the first ``images`` of a
-    shuffle by the seed. The workers share the trials out; one number set a trial travels.
+    Trial t draws its N' = ``settings.samples`` images without replacement by (seed, t) alone, out of the first
+    ``settings.images`` of a shuffle by the seed. The workers share the trials out; one number set a trial travels.
     """
-    pool = np.random.default_rng([seed, 0]).permutation(len(split))[:images]
-    samples = min(samples, len(pool))
-    parts = (_trial_part(trial, pool, samples, seed) for trial in range(world.rank, trials, world.size))
+    pool = np.random.default_rng([seed, 0]).permutation(len(split))[: settings.images]
+    samples = min(settings.samples, len(pool))
+    parts = (_trial_part(trial, pool, samples, seed) for trial in range(world.rank, settings.trials, world.size))
     with evaluating(model), torch.enable_grad():
-        loss_fn = functional_loss(model)
+        loss_fn = functional_loss(model, criterion)
         params = {name: p.detach() for name, p in model.named_parameters()}
         mine = [astuple(spectrum(gradient_gram(loss_fn, params, batch))) for batch in loader.batches(parts)]
     by_rank = world.gather(mine)
-    spectra = [Spectrum(*by_rank[trial % world.size][trial // world.size]) for trial in range(trials)]
+    spectra = [Spectrum(*by_rank[trial % world.size][trial // world.size]) for trial in range(settings.trials)]
     return Curvature(
         gamma_hat=estimate([s.log_determinant for s in spectra], min(s.smallest_eigenvalue for s in spectra)),
         frobenius=estimate([s.frobenius for s in spectra]),
         spectral_radius=estimate([s.spectral_radius for s in spectra]),
         trace=estimate([s.trace for s in spectra]),
     )
+
+
+def estimate_robustness(
+    model: nn.Module, loader: Loader, split: Split, images: int, seed: int, world: Solo
+) -> Estimate:
+    """Mean over so many training images of ‖J_x[f_w(x)]‖₂² (Sec. 7.1), each image taken once over all workers."""
+    pool = np.random.default_rng([seed, 0]).permutation(len(split))[:images]
+    parts = (
+        replace(part, samples=pool[part.samples])
+        for part in evaluation_parts(len(pool), _ROBUSTNESS_BATCH, world.rank, world.size)
+    )
+    mine = [value for batch, _ in loader.batches(parts) for value in robustness(model, batch).tolist()]
+    return estimate([value for values in world.gather(mine) for value in values])
 
 
 @contextmanager

@@ -119,9 +119,9 @@ def prepare_run(config: Config, recipe: Path, world: Solo) -> Run:
             _prepare_embedded()
     with world.together():
         dataset = open_dataset(EMBEDDED if config.data.path == "fashion-mnist" else config.data.path)
-        splits = _splits(config, dataset)
+        splits = select_splits(config, dataset)
         order, sub_batch_size = _plan(config, len(splits["train"]), world.size)
-        image_size = config.data.image_size or _stored_size(dataset)
+        image_size = config.data.image_size or stored_size(dataset)
         torch.manual_seed(config.seed)
         model = models.build(config.model, classes=len(dataset.classes), image_size=image_size).to(world.device)
         local_batch = math.ceil(order.global_batch / world.size)
@@ -163,7 +163,8 @@ def prepare_run(config: Config, recipe: Path, world: Solo) -> Run:
         budget = Budget(config.regularizer.budget, local_batch // sub_batch_size, config.seed)
     optimizer = world.distribute(_optimizer(config.optimizer, model), model)
     if state is not None:
-        model.load_state_dict(state["model"])
+        with world.together():
+            checkpoint.restore_weights(model, state, Path(config.resume or ""))
         optimizer.load_state_dict(state["optimizer"])
         learning_rate.load_state_dict(state["learning_rate"])
         penalty_weight.load_state_dict(state["penalty_weight"])
@@ -197,18 +198,7 @@ def prepare_run(config: Config, recipe: Path, world: Solo) -> Run:
     )
 
 
-def _prepare_embedded() -> None:
-    """Make the demo's data set, by the command a user would type; it shows its own progress and reasons."""
-    print(f"preparing {EMBEDDED}, once …", flush=True)
-    command = [sys.executable, "-m", "pipelines.prepare", "fashion-mnist", str(EMBEDDED)]
-    if subprocess.run(command, check=False).returncode:
-        raise ValueError(
-            f"data.path: fashion-mnist could not be prepared (the reason is above): repeat with "
-            f"python -m pipelines.prepare fashion-mnist {EMBEDDED}, or give data.path=DIRECTORY of another data set"
-        )
-
-
-def _splits(config: Config, dataset: Dataset) -> dict[str, Split]:
+def select_splits(config: Config, dataset: Dataset) -> dict[str, Split]:
     """What is trained and evaluated on: whole splits, or parts of the training split."""
     missing = [name for name in ("train", "test") if name not in dataset.splits]
     if missing:
@@ -228,6 +218,28 @@ def _splits(config: Config, dataset: Dataset) -> dict[str, Split]:
     end = None if taken is None else held_out + taken
     test = whole.subset(shuffled[:held_out]) if held_out else dataset.splits["test"]
     return {"train": whole.subset(shuffled[held_out:end]), "test": test}
+
+
+def stored_size(dataset: Dataset) -> int:
+    """Side of the stored images in pixels; ValueError if they are not squares of one size."""
+    index = dataset.splits["train"].index
+    side = int(index["height"][0])
+    if (index["height"] != side).any() or (index["width"] != side).any():
+        raise ValueError(
+            f"data.image_size must be given, got null: the images of {dataset.path} are not squares of one size"
+        )
+    return side
+
+
+def _prepare_embedded() -> None:
+    """Make the demo's data set, by the command a user would type; it shows its own progress and reasons."""
+    print(f"preparing {EMBEDDED}, once …", flush=True)
+    command = [sys.executable, "-m", "pipelines.prepare", "fashion-mnist", str(EMBEDDED)]
+    if subprocess.run(command, check=False).returncode:
+        raise ValueError(
+            f"data.path: fashion-mnist could not be prepared (the reason is above): repeat with "
+            f"python -m pipelines.prepare fashion-mnist {EMBEDDED}, or give data.path=DIRECTORY of another data set"
+        )
 
 
 def _plan(config: Config, samples: int, workers: int) -> tuple[Order, int | None]:
@@ -260,16 +272,6 @@ def _plan(config: Config, samples: int, workers: int) -> tuple[Order, int | None
             f"got {regularizer.sampled} and {local // size}"
         )
     return order, size
-
-
-def _stored_size(dataset: Dataset) -> int:
-    index = dataset.splits["train"].index
-    side = int(index["height"][0])
-    if (index["height"] != side).any() or (index["width"] != side).any():
-        raise ValueError(
-            f"data.image_size must be given, got null: the images of {dataset.path} are not squares of one size"
-        )
-    return side
 
 
 def _optimizer(settings: OptimizerSettings, model: nn.Module) -> torch.optim.Optimizer:

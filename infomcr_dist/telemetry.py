@@ -123,7 +123,7 @@ class Telemetry:
 
     def _write(self, kind: str, values: dict[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps({"kind": kind, **_finite(values)}) + "\n")
+        self._file.write(json.dumps({"kind": kind, **finite(values)}) + "\n")
 
 
 class _Metrics:
@@ -205,6 +205,10 @@ def _drop_records_after(records: Path, step: int) -> None:
     write_atomically(records, lambda file: file.write("".join(kept).encode()))
 
 
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN or infinity: null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+def finite(value: Any) -> Any:
+    """The value with null in place of NaN and infinities, which JSON lacks; dictionaries and lists all through."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -29,7 +29,7 @@ from infomcr_dist.regularizer import Losses, regularized_backward
 from infomcr_dist.run import Run, prepare_run, save
 from infomcr_dist.schedules import TimeShare
 from infomcr_dist.telemetry import StepRecord
-from infomcr_dist.world import Solo, UserError, connect
+from infomcr_dist.world import Solo, UserError, connect, report_and_leave
 
 DEMO = Path(__file__).parent.parent / "launch" / "recipes" / "demo.yaml"
 Durations = dict[str, "array[float]"]
@@ -100,9 +100,7 @@ def train(run: Run) -> None:
 
     def measure() -> Curvature:
         m, before = config.metric, time.perf_counter()
-        result = estimate_curvature(
-            run.model, run.train_images, run.splits["train"], m.trials, m.samples, m.images, config.seed, world
-        )
+        result = estimate_curvature(run.model, run.train_images, run.splits["train"], m, config.seed, world)
         metric_time.add(time.perf_counter() - before)
         telemetry.event(
             "metric",
@@ -224,17 +222,8 @@ def main(arguments: list[str]) -> int:
             train(run)
         finally:
             run.close()
-    except UserError as error:
-        if not error.everywhere:
-            print(f"\nerror: rank {world.rank}: {error}", file=sys.stderr, flush=True)
-        elif world.rank == 0:
-            print(f"\nerror: {error}", file=sys.stderr, flush=True)
-        if error.everywhere:
-            world.barrier()  # nobody leaves, and is taken for the cause, before rank 0 has spoken
-        return 2
-    except world.lost as error:
-        print(f"\nerror: rank {world.rank}: another worker is gone ({error})", file=sys.stderr, flush=True)
-        return 1
+    except world.ends as error:
+        return report_and_leave(world, error)
     world.barrier()
     world.close()
     return 0

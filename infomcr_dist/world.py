@@ -7,6 +7,7 @@ that imports horovod, so a single process needs none.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -35,8 +36,8 @@ class Solo:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    lost: tuple[type[Exception], ...] = ()
-    """What a collective raises when another worker is gone."""
+    ends: tuple[type[Exception], ...] = (UserError,)
+    """What a command ends for with one line: a user's mistake, or a collective that misses a worker."""
 
     def __init__(self) -> None:
         self.device = _device(self.local_rank)
@@ -105,7 +106,7 @@ class Horovod(Solo):
         self._hvd = hvd
         self.rank, self.size = hvd.rank(), hvd.size()
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
-        self.lost = (HorovodInternalError,)
+        self.ends = (UserError, HorovodInternalError)
         super().__init__()
 
     def distribute(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
@@ -147,6 +148,21 @@ class Horovod(Solo):
 def connect() -> Solo:
     """`Horovod` if a launcher started this process, else `Solo`; the device is this process's GPU, or the CPU."""
     return Horovod() if any(name in os.environ for name in _LAUNCHED_BY) else Solo()
+
+
+def report_and_leave(world: Solo, error: Exception) -> int:
+    """Tell, in one line, why a command ends, once over all workers; returns its exit code.
+
+    2 for a `UserError`, 1 where another worker is gone.
+    """
+    if isinstance(error, UserError) and error.everywhere:
+        if world.rank == 0:
+            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        world.barrier()  # nobody leaves, and is taken for the cause, before rank 0 has spoken
+        return 2
+    reason = str(error) if isinstance(error, UserError) else f"another worker is gone ({error})"
+    print(f"\nerror: rank {world.rank}: {reason}", file=sys.stderr, flush=True)
+    return 2 if isinstance(error, UserError) else 1
 
 
 def _device(local_rank: int) -> torch.device:

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "world": set(),
     "checkpoint": set(),
     "telemetry": {"checkpoint", "config"},
-    "evaluate": {"fisher", "functional", "world"},
+    "evaluate": {"config", "fisher", "functional", "world"},
     "run": {"budget", "checkpoint", "config", "models", "schedules", "telemetry", "world"},
     "__init__": {"regularizer"},
 }

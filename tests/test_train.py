@@ -20,7 +20,7 @@ from conftest import WORKERS, horovodrun
 
 from infomcr_dist import checkpoint
 from infomcr_dist.config import Config, load_config
-from infomcr_dist.run import _plan, _splits
+from infomcr_dist.run import _plan, select_splits
 from infomcr_dist.train import main
 from pipelines import open_dataset
 
@@ -367,7 +367,7 @@ def test_a_held_out_part_shares_no_image_with_the_rest(small_data: Path) -> None
 
     def places(*overrides: str) -> dict[str, set[tuple[int, int]]]:
         config = load_config(Config, None, ["data.batch_size=4", *overrides])
-        parts = _splits(config, dataset)
+        parts = select_splits(config, dataset)
         return {
             name: set(zip(s.index["shard"].tolist(), s.index["offset"].tolist(), strict=True))
             for name, s in parts.items()

@@ -1,0 +1,232 @@
+"""Measure trained models: γ̂ and the other metrics of the paper, errors, and the generalization bound.
+
+    python -m infomcr_dist.measure CHECKPOINT [CHECKPOINT …] [key=value …]
+    horovodrun -np 8 python -m infomcr_dist.measure CHECKPOINT [CHECKPOINT …] [key=value …]
+
+A checkpoint is a file or a run directory (its newest). Prints a table, best γ̂ first, and writes it as JSON and as a
+picture. The workers share the work; the numbers do not depend on how many there are. Exit codes as of train.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infomcr_dist import checkpoint, models
+from infomcr_dist.config import Config, MetricSettings, from_dict, load_config
+from infomcr_dist.evaluate import Curvature, Errors, estimate_curvature, estimate_robustness, evaluate
+from infomcr_dist.fisher import Bound, Estimate, gamma, generalization_bound, logit_scaled
+from infomcr_dist.run import EMBEDDED, select_splits
+from infomcr_dist.telemetry import finite
+from infomcr_dist.world import Solo, connect, report_and_leave
+from pipelines import open_dataset, open_loader
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """What is measured, and on what."""
+
+    data: str | None = None
+    """Data set directory; null: the one each model was trained on."""
+    trials: int = 100
+    """Trials averaged (T)."""
+    samples: int = 100
+    """Training images a trial (N')."""
+    images: int = 10_000
+    """Training images the trials are drawn from, and robustness is averaged over."""
+    logit_scale: float | None = None
+    """Scale each image's logits to logits / (‖logits‖₂ · logit_scale) first, to compare models of unequal training loss
+    (Table 3; 0.04 there); null: leave them."""
+    log_volume: float | None = None
+    """ln V of the neighbourhood in Theorem 1; null: that of a ball of a hundredth of the weights' norm."""
+    delta: float = 0.05
+    """Theorem 1 holds with probability 1 − delta."""
+    seed: int = 0
+    batch_size: int = 250
+    """Images a worker evaluates at once."""
+    output: str = "measure"
+    """Writes OUTPUT.json and OUTPUT.png."""
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "samples", "images", "batch_size"):
+            if getattr(self, name) < (2 if name == "samples" else 1):
+                raise ValueError(f"{name} must be at least {2 if name == 'samples' else 1}, got {getattr(self, name)}")
+        if self.images < self.samples:
+            raise ValueError(f"images must be at least samples, got {self.images} and {self.samples}")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One checkpoint's row."""
+
+    path: str
+    model: str
+    epochs: int
+    parameters: int
+    train: Errors
+    test: Errors
+    curvature: Curvature
+    robustness: Estimate
+    gamma: float
+    log_volume: float
+    bound: Bound
+
+
+def measure(path: Path, settings: MeasureSettings, world: Solo) -> Measurement:
+    """All metrics of a checkpoint. Raises `UserError` on every worker if it or its data cannot be read by one."""
+    with world.together():
+        path = checkpoint.find(path)
+        state = checkpoint.load(path)
+        config = from_dict(Config, state["config"])
+        model = models.build(config.model, classes=len(state["classes"]), image_size=state["image_size"])
+        checkpoint.restore_weights(model, state, path)
+        model.to(world.device).eval()
+        dataset = open_dataset(settings.data or (EMBEDDED if config.data.path == "fashion-mnist" else config.data.path))
+        if dataset.classes != state["classes"]:
+            raise ValueError(f"data: {dataset.path} has other classes than {path} was trained on: give data=DIRECTORY")
+        splits = select_splits(config, dataset)
+        train_images, test_images = (
+            open_loader(
+                splits[name],
+                backend=config.data.backend,
+                augmentation="none",
+                size=state["image_size"],
+                mean=dataset.mean,
+                std=dataset.std,
+                seed=settings.seed,
+                batch_size=max(settings.batch_size, settings.samples),
+                device=world.device,
+                threads=config.data.threads,
+                prefetch=config.data.prefetch,
+            )
+            for name in ("train", "test")
+        )
+    train, test = splits["train"], splits["test"]
+    metric = MetricSettings(trials=settings.trials, samples=settings.samples, images=settings.images)
+    criterion = torch.nn.functional.cross_entropy
+    scaled = criterion if settings.logit_scale is None else logit_scaled(criterion, settings.logit_scale)
+    train_errors = evaluate(model, train_images, train, settings.batch_size, world)
+    test_errors = evaluate(model, test_images, test, settings.batch_size, world)
+    curvature = estimate_curvature(model, train_images, train, metric, settings.seed, world, scaled)
+    robustness = estimate_robustness(model, train_images, train, settings.images, settings.seed, world)
+    train_images.close()
+    test_images.close()
+    parameters = sum(p.numel() for p in model.parameters())
+    log_volume = settings.log_volume
+    if log_volume is None:
+        norm = math.sqrt(sum(float(p.detach().double().square().sum()) for p in model.parameters()))
+        log_volume = _log_ball(parameters, 0.01 * norm)
+    full = gamma(curvature.gamma_hat, parameters, min(settings.samples, len(train)))
+    bound = generalization_bound(
+        gamma=full,
+        train_loss=train_errors.loss,
+        minimum_loss=train_errors.loss,
+        parameters=parameters,
+        samples=len(train),
+        log_volume=log_volume,
+        delta=settings.delta,
+    )
+    return Measurement(
+        str(path), config.model, state["epochs"], parameters, train_errors, test_errors, curvature, robustness, full,
+        log_volume, bound,
+    )  # fmt: skip
+
+
+def table(rows: list[Measurement], settings: MeasureSettings) -> str:
+    """The rows, best γ̂ first, as Markdown; every ± is a standard error."""
+    names = ("", "γ̂", "Frobenius", "spectral radius", "trace", "robustness", "train error", "test error", "bound")
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    for rank, row in enumerate(rows, 1):
+        c = row.curvature
+        cells = [f"{rank}. {row.path}", f"{c.gamma_hat.mean:.1f} ± {c.gamma_hat.standard_error:.1f}"]
+        cells += [
+            f"{e.mean:.3g} ± {e.standard_error:.1g}" for e in (c.frobenius, c.spectral_radius, c.trace, row.robustness)
+        ]
+        cells += [f"{row.train.top1_error_ratio:.2%}", f"{row.test.top1_error_ratio:.2%}", f"{row.bound.bound:.3g}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    scale = "" if settings.logit_scale is None else f", logits scaled to logits / (‖logits‖ · {settings.logit_scale:g})"
+    lines.append(
+        f"\nγ̂ = mean of ln|ξ| (Eq. 6) over {settings.trials} trials of {settings.samples} training images{scale}"
+    )
+    for row in rows:
+        g, b = row.curvature.gamma_hat, row.bound
+        if g.singular:
+            lines.append(
+                f"{row.path}: {g.singular} of {g.trials} Gram matrices are not positive definite and left out "
+                f"(smallest eigenvalue of ξ/N': {g.smallest_eigenvalue:.3g})"
+            )
+        lines.append(
+            f"{row.path}: bound at ln V = {row.log_volume:.4g}: training loss {b.train_loss:.3g} + {b.complexity:.3g} "
+            f"from 2L₀ = {b.loss_term:.3g}, 2A = {b.curvature_term:.3g}, ln(2N/δ) = {b.confidence_term:.3g}"
+        )
+    return "\n".join(lines)
+
+
+def draw(rows: list[Measurement], path: Path) -> None:
+    """Each metric against the test error, one point a checkpoint, with standard errors (PNG)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    panels: list[tuple[str, list[Estimate]]] = [
+        ("γ̂", [r.curvature.gamma_hat for r in rows]),
+        ("Frobenius norm", [r.curvature.frobenius for r in rows]),
+        ("spectral radius", [r.curvature.spectral_radius for r in rows]),
+        ("robustness", [r.robustness for r in rows]),
+    ]
+    for axes, (name, values) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        errors = [100 * r.test.top1_error_ratio for r in rows]
+        axes.errorbar(
+            [v.mean for v in values], errors, xerr=[v.standard_error for v in values], fmt="o", capsize=3
+        )  # fmt: skip
+        for i, value in enumerate(values, 1):
+            axes.annotate(str(i), (value.mean, errors[i - 1]), textcoords="offset points", xytext=(5, 5))
+        axes.set_xlabel(name)
+        axes.set_ylabel("test error, %")
+    checkpoint.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def main(arguments: list[str]) -> int:
+    """The command; returns the exit code."""
+    world = connect()
+    try:
+        settings = MeasureSettings()
+        paths = [Path(a) for a in arguments if "=" not in a]
+        with world.together():
+            settings = load_config(MeasureSettings, None, [a for a in arguments if "=" in a])
+            if not paths:
+                raise ValueError("give a checkpoint or a run directory: python -m infomcr_dist.measure CHECKPOINT …")
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+        rows = sorted((measure(path, settings, world) for path in paths), key=lambda r: r.curvature.gamma_hat.mean)
+        with world.together():
+            if world.rank == 0:
+                _write(rows, settings)
+    except world.ends as error:
+        return report_and_leave(world, error)
+    world.barrier()
+    world.close()
+    return 0
+
+
+def _write(rows: list[Measurement], settings: MeasureSettings) -> None:
+    results: dict[str, Any] = {"settings": asdict(settings), "checkpoints": [asdict(row) for row in rows]}
+    text = json.dumps(finite(results), indent=1, ensure_ascii=False)
+    checkpoint.write_atomically(Path(f"{settings.output}.json"), lambda file: file.write(text.encode()))
+    draw(rows, Path(f"{settings.output}.png"))
+    print(table(rows, settings))
+    print(f"\nwritten: {settings.output}.json, {settings.output}.png", flush=True)
+
+
+def _log_ball(dimensions: int, radius: float) -> float:
+    """ln of the volume of a ball."""
+    return dimensions / 2 * math.log(math.pi) - math.lgamma(dimensions / 2 + 1) + dimensions * math.log(radius)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,116 @@
+"""The measure command on a real checkpoint: against its definition, and the same at any number of workers."""
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import horovodrun
+from torch.nn import functional as F
+
+from infomcr_dist import checkpoint, models
+from infomcr_dist.measure import main
+from infomcr_dist.train import main as train
+from pipelines import evaluation_parts, open_dataset, open_loader
+
+TRIALS, SAMPLES = 5, 12
+SETTINGS = [f"trials={TRIALS}", f"samples={SAMPLES}", "images=60"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
+    """Two trained runs: a long one and a short one."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "recipe.yaml").write_text(
+        f"data: {{path: {small_data}, global_batch_size: 32}}\n"
+        "regularizer: {{when: never}\nschedule: {kind: cosine}\n"
+        "metric: {trials: 0}\ntelemetry: {port: null}\n"
+    )
+    threads = torch.get_num_threads()
+    for name, epochs in (("long", 4), ("short", 1)):
+        assert train([str(folder / "recipe.yaml"), f"run_dir={folder / name}", f"epochs={epochs}"]) == 0
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(runs: Path) -> dict[str, Any]:
+    assert main([str(runs / "short"), str(runs / "long"), *SETTINGS, f"output={runs / 'one'}"]) == 0
+    results: dict[str, Any] = json.loads((runs / "one.json").read_text())
+    return results
+
+
+def test_checkpoints_are_ranked_by_gamma(measured: dict[str, Any], runs: Path) -> None:
+    gammas = [row["curvature"]["gamma_hat"]["mean"] for row in measured["checkpoints"]]
+    assert len(gammas) == 2
+    assert gammas == sorted(gammas)
+    assert (runs / "one.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_gamma_is_its_definition(measured: dict[str, Any], runs: Path, small_data: Path) -> None:
+    """Eq. 6 with one backward a sample, in float64, on the images the trials name."""
+    state = checkpoint.load(checkpoint.find(runs / "long"))
+    model = models.build("resnet20", classes=6, image_size=16)
+    model.load_state_dict(state["model"])
+    model = model.double().eval()
+    dataset = open_dataset(small_data)
+    loader = open_loader(
+        dataset.splits["train"], backend="torch", augmentation="none", size=16, mean=dataset.mean, std=dataset.std,
+        seed=0, batch_size=64, device=torch.device("cpu"), threads=1, prefetch=1,
+    )  # fmt: skip
+    batches = list(loader.batches(evaluation_parts(260, 64, 0, 1)))
+    loader.close()
+    images, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
+    pool = np.random.default_rng([0, 0]).permutation(260)[:60]
+    values = []
+    for trial in range(TRIALS):
+        chosen = pool[np.random.default_rng([0, 1, trial]).choice(60, SAMPLES, replace=False)]
+        rows = []
+        for i in chosen:
+            loss = F.cross_entropy(model(images[i : i + 1].double()), labels[i : i + 1])
+            rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+        jacobian = torch.stack(rows)
+        values.append(float(torch.linalg.slogdet(jacobian @ jacobian.T)[1]))
+    row = next(r for r in measured["checkpoints"] if "long" in r["path"])
+    got = row["curvature"]["gamma_hat"]
+    # The command's gradients are float32, and DALI decodes with another JPEG decoder.
+    assert got["mean"] == pytest.approx(np.mean(values), abs=0.02 * SAMPLES)
+    assert got["standard_error"] == pytest.approx(np.std(values, ddof=1) / math.sqrt(TRIALS), rel=0.1)
+    assert (got["trials"], got["singular"]) == (TRIALS, 0)
+
+
+def test_the_numbers_do_not_depend_on_the_workers(measured: dict[str, Any], runs: Path) -> None:
+    result = horovodrun(
+        2, sys.executable, "-m", "infomcr_dist.measure", "short", "long", *SETTINGS, "output=two", cwd=runs
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(re.findall(r"written: two\.json", result.stdout)) == 1
+    two = json.loads((runs / "two.json").read_text())
+    for one_row, two_row in zip(measured["checkpoints"], two["checkpoints"], strict=True):
+        for name in ("curvature", "robustness", "gamma", "bound", "train", "test"):
+            assert flat(two_row[name]) == pytest.approx(flat(one_row[name]), rel=1e-9), name
+
+
+def flat(value: Any) -> list[float]:
+    if isinstance(value, dict):
+        return [x for v in value.values() for x in flat(v)]
+    return [] if value is None else [value]
+
+
+def test_mistakes_are_told_in_one_line(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        ([], "give a checkpoint or a run directory"),
+        (["nowhere"], "there is no checkpoint at nowhere"),
+        ([str(runs / "long"), "trial=3"], "unknown setting trial: the nearest known one is trials"),
+        ([str(runs / "long"), "data=nowhere"], "nowhere"),
+        ([str(runs / "long"), "samples=1"], "samples must be at least 2, got 1"),
+    ):
+        assert main(arguments) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1
+        assert message in lines[0]
