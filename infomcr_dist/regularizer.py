@@ -80,13 +80,27 @@ def sub_batch_penalty(
         with _precision(derivative, leaves):
             sub = _evaluate(loss_fn, loss_fn, leaves, batch, alpha, derivative)
             add_scaled(penalty_gradient, gradient(sub.surrogate, leaves), scale)
-        g = {name: tensor.detach() for name, tensor in sub.gradient.items()}
-        if derivative == "finite_difference":
-            add_scaled(penalty_gradient, g, scale)
-        add_scaled(loss_gradient, g, scale)
-        losses.append(sub.loss.detach())
+            if derivative == "finite_difference":
+                add_scaled(penalty_gradient, sub.gradient, scale)
+            add_scaled(loss_gradient, sub.gradient, scale)
+        losses.append(sub.loss)
         penalties.append(sub.penalty)
     return SubBatchPenalty(torch.stack(losses).mean(), torch.stack(penalties).mean(), loss_gradient, penalty_gradient)
+
+
+def health(loss_fn: LossFunction, params: Params, sub_batch: Batch, alpha: float) -> float:
+    """How far the two derivatives of the penalty disagree on one sub-batch: |(g - h) - alpha H g| / |alpha H g|.
+
+    Small where the finite difference means what it should. Rounding raises it, and so do the kinks of ReLU, at which
+    alpha H g is not its limit; far above 1 the penalty is noise. Costs five passes and changes nothing.
+    """
+    with _repeatable(_device(params)):
+        difference = sub_batch_penalty(loss_fn, params, [sub_batch], alpha, "finite_difference").penalty_gradient
+    with _repeatable(_device(params)):
+        exact = sub_batch_penalty(loss_fn, params, [sub_batch], alpha, "exact").penalty_gradient
+    size = dot(exact, exact).sqrt()
+    add_scaled(difference, exact, -1.0)
+    return float(dot(difference, difference).sqrt() / size)
 
 
 def regularized_backward(
@@ -133,6 +147,7 @@ def regularized_backward(
     if derivative == "auto":
         derivative = "exact" if _autocast(params) or _low_precision(params) else "finite_difference"
     _check(alpha, derivative, params)
+    _check_model(model, derivative)
     count = _sub_batch_count(len(images), sub_batches, sub_batch_size)
     split = _split(images, labels, count, way, sampled)
     penalty_weight = beta / len(split.penalized)
@@ -147,14 +162,12 @@ def regularized_backward(
         unperturbed = perturbed if way == "reference" else _tracked_loss(module, criterion, 1 / count, counted=last)
         with _precision(derivative, params):
             sub = _evaluate(unperturbed, perturbed, params, batch, alpha, derivative)
-            loss = loss + split.loss_weight * sub.loss.detach()
+            loss = loss + split.loss_weight * sub.loss
             penalty = penalty + sub.penalty / len(split.penalized)
+            known = split.loss_weight + (penalty_weight if derivative == "finite_difference" else 0.0)
+            add_scaled(total, sub.gradient, weight * known)
             objective = weight * penalty_weight * sub.surrogate
-            if derivative == "exact":
-                objective = objective + weight * split.loss_weight * sub.loss
-            else:
-                add_scaled(total, sub.gradient, weight * (split.loss_weight + penalty_weight))
-            del sub
+            del sub  # frees g_i before the backward pass
             if last:
                 _accumulate(params, total)
                 objective.backward()
@@ -190,10 +203,11 @@ def _evaluate(
     if derivative == "exact":
         loss = unperturbed(params, batch)
         g = gradient(loss, params, create_graph=True)
-        surrogate = alpha * dot({name: tensor.detach() for name, tensor in g.items()}, g)
-        return _SubBatch(loss, surrogate.detach(), g, surrogate)
-    device = _device(params)
-    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        constant = {name: tensor.detach() for name, tensor in g.items()}
+        penalty = alpha * dot(constant, g)
+        # 0 * loss: the hook of every parameter fires, even of one that g_i does not depend on.
+        return _SubBatch(loss.detach(), penalty.detach(), constant, penalty + 0.0 * loss)
+    with _repeatable(_device(params)):
         loss = unperturbed(params, batch)
     g = gradient(loss, params)
     moved_loss = perturbed(moved(params, g, alpha), batch)
@@ -256,6 +270,24 @@ def _check(alpha: float, derivative: Derivative, params: Params) -> None:
         raise ValueError("autocast to float16 needs loss scaling, which the penalty does not do: use bfloat16")
 
 
+def _check_model(model: nn.Module, derivative: Derivative) -> None:
+    if isinstance(model, DistributedDataParallel) and model.static_graph:
+        raise ValueError(
+            "model must not be DistributedDataParallel(static_graph=True): a step has passes it does not know"
+        )
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules() if module is not model):
+        raise ValueError("DistributedDataParallel must be the outermost wrapper of model: compile first, then wrap")
+    if derivative == "exact" and any(_is_compiled(module) for module in model.modules()):
+        raise ValueError(
+            "derivative='exact' needs double backward, which torch.compile does not support: "
+            "use derivative='finite_difference', or a model that is not compiled"
+        )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
 def _low_precision(params: Params) -> bool:
     return any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in params.values())
 
@@ -292,6 +324,11 @@ def _running_statistics(model: nn.Module, fraction: float, counted: bool) -> Ite
             layer.momentum = momentum
             if not counted and layer.num_batches_tracked is not None:
                 layer.num_batches_tracked -= 1
+
+
+def _repeatable(device: torch.device) -> AbstractContextManager[None]:
+    """Afterwards the random number generators are back where they were, so that the next pass draws the same masks."""
+    return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
 
 
 def _tracked_loss(model: nn.Module, criterion: Criterion, fraction: float, counted: bool) -> LossFunction:

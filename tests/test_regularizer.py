@@ -1,15 +1,19 @@
 import itertools
+import warnings
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from infomcr_dist import regularized_backward
 from infomcr_dist.functional import Params, functional_loss, trainable_parameters
-from infomcr_dist.regularizer import sub_batch_penalty
+from infomcr_dist.regularizer import health, sub_batch_penalty
 
 ALPHA, BETA = 1e-4, 10.0
 
@@ -432,6 +436,213 @@ def test_the_penalty_follows_the_size_of_a_sub_batch() -> None:
     pairs = penalty([(images[[i, j]], labels[[i, j]]) for i in range(6) for j in range(6)])
     whole = penalty([(images, labels)])
     torch.testing.assert_close(pairs, whole + (singles - whole) / 2, rtol=1e-12, atol=0)
+
+
+# Precision.
+
+
+@pytest.fixture
+def low_precision() -> Iterator[None]:
+    """TF32 in cuDNN's convolutions, bfloat16 in oneDNN's matrix products."""
+    backends: Any = torch.backends
+    operations = backends.cudnn.conv, backends.mkldnn.matmul
+    before = [operation.fp32_precision for operation in operations]
+    for operation, precision in zip(operations, ("tf32", "bf16"), strict=True):
+        operation.fp32_precision = precision
+    yield
+    for operation, precision in zip(operations, before, strict=True):
+        operation.fp32_precision = precision
+
+
+@pytest.mark.usefixtures("low_precision")
+def test_finite_differences_run_in_full_precision() -> None:
+    backends: Any = torch.backends
+    seen = []
+
+    def criterion(logits: Tensor, labels: Tensor) -> Tensor:
+        precisions = backends.cudnn.conv.fp32_precision, backends.mkldnn.matmul.fp32_precision
+        seen.append((*precisions, torch.is_autocast_enabled("cpu"), logits.dtype))
+        return F.cross_entropy(logits, labels)
+
+    model, (images, labels) = smooth_net().float(), batch_of()
+    common: dict[str, Any] = {"alpha": ALPHA, "beta": BETA, "sub_batches": 2, "way": "sampled", "sampled": 1}
+    with torch.autocast("cpu", torch.bfloat16):
+        regularized_backward(model, criterion, images.float(), labels, **common, derivative="finite_difference")
+        assert torch.is_autocast_enabled("cpu")
+    full, plain = ("ieee", "ieee", False, torch.float32), ("tf32", "bf16", True, torch.bfloat16)
+    assert seen == [full, full, plain]
+    assert backends.cudnn.conv.fp32_precision == "tf32"
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        regularized_backward(model, criterion, images.float(), labels, **common)
+    assert seen == [plain, plain]
+
+
+@pytest.mark.parametrize("derivative", ["finite_difference", "exact", "auto"])
+@pytest.mark.parametrize("way", ["fused", "reference"])
+def test_the_penalty_survives_autocast(way: Any, derivative: Any) -> None:
+    batch, oracle = batch_of(), smooth_net()
+    expected = ALPHA * double_backward(oracle, split(batch, 4))
+    model, batch = smooth_net().float(), (batch[0].float(), batch[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        run(model, batch, {"way": way}, derivative=derivative, beta=0.0)
+        plain = grads(model)
+        model.zero_grad()
+        run(model, batch, {"way": way}, derivative=derivative)
+    assert relative(grads(model).double() - plain.double(), BETA * expected) < 0.01
+
+
+def test_a_finite_difference_inside_autocast_would_be_noise() -> None:
+    # Why "auto" is "exact" there: the same difference taken by hand, in bfloat16.
+    batch, oracle = batch_of(), smooth_net()
+    expected = ALPHA * double_backward(oracle, [batch])
+    with torch.autocast("cpu", torch.bfloat16):
+        *_, difference = plain_pair(smooth_net().float(), (batch[0].float(), batch[1]), ALPHA)
+    assert relative(difference.double(), expected) > 1
+
+
+def test_health_sees_rounding_and_kinks() -> None:
+    batch = batch_of()
+    smooth = smooth_net()
+    params, loss_fn = trainable_parameters(smooth), functional_loss(smooth)
+    assert health(loss_fn, params, batch, 1e-4) < 1e-3
+    assert health(loss_fn, params, batch, 1e-2) == pytest.approx(100 * health(loss_fn, params, batch, 1e-4), rel=0.1)
+    single, batch_32 = smooth_net().float(), (batch[0].float(), batch[1])
+    params_32, loss_32 = trainable_parameters(single), functional_loss(single)
+    assert health(loss_32, params_32, batch_32, 1e-4) < 1e-2
+    assert health(loss_32, params_32, batch_32, 1e-6) > 1e-2  # rounding of the weights
+    assert health(loss_32, params_32, batch_32, 1e-9) == 1  # which no longer notice the step
+    kinked = nn.Sequential(nn.Flatten(), nn.Linear(108, 500), nn.ReLU(), nn.Linear(500, 4)).double()
+    assert health(functional_loss(kinked), trainable_parameters(kinked), batch, 1.0) > 0.1
+    # The masks are the same in both derivatives.
+    dropout = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(108, 4)).double()
+    assert health(functional_loss(dropout), trainable_parameters(dropout), batch, 1e-4) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_few_bits_take_the_exact_derivative(dtype: torch.dtype) -> None:
+    model, batch = smooth_net().to(dtype), (batch_of()[0].to(dtype), batch_of()[1])
+    with pytest.raises(ValueError, match="derivative='finite_difference' is rounding noise"):
+        run(model, batch, {}, derivative="finite_difference")
+    losses = run(model, batch, {})
+    expected = run(smooth_net(), batch_of(), {})
+    torch.testing.assert_close(losses.penalty.double(), expected.penalty, rtol=0.05, atol=0)
+
+
+def test_autocast_to_float16_is_refused() -> None:
+    model, batch = smooth_net().float(), (batch_of()[0].float(), batch_of()[1])
+    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="needs loss scaling"):
+        run(model, batch, {})
+
+
+# What models come wrapped in.
+
+
+@EVERY_WAY
+def test_channels_last(how: dict[str, Any]) -> None:
+    batch, model, expected = batch_of(), smooth_net(), smooth_net()
+    model = model.to(memory_format=torch.channels_last)
+    run(model, (batch[0].to(memory_format=torch.channels_last), batch[1]), how)
+    run(expected, batch, how)
+    assert relative(grads(model), grads(expected)) < 1e-12
+    assert model[0].weight.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # read by torch.compile itself
+@pytest.mark.parametrize("way", ["fused", "sampled", "reference"])
+def test_a_compiled_model(way: str) -> None:
+    how = {"way": way} | ({"sampled": 1} if way == "sampled" else {})
+    plain, batch = smooth_net(), batch_of()
+    run(plain, batch, how)
+    for compiled in (torch.compile(smooth_net(), backend="aot_eager"), smooth_net()):
+        if isinstance(compiled, nn.Sequential):
+            compiled.compile(backend="aot_eager")
+        with pytest.raises(ValueError, match=r"which torch\.compile does not"):
+            run(compiled, batch, how, derivative="exact")
+        run(compiled, batch, how)
+        assert relative(grads(compiled), grads(plain)) < 1e-12
+        assert all(
+            torch.allclose(one.double(), other.double())
+            for one, other in zip(compiled.buffers(), plain.buffers(), strict=True)
+        )
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_wrappers_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ValueError, match="static_graph=True"):
+        run(DistributedDataParallel(smooth_net(), static_graph=True), batch_of(), {})
+    with pytest.raises(ValueError, match="must be the outermost wrapper"):
+        run(nn.Sequential(DistributedDataParallel(smooth_net())), batch_of(), {})
+
+
+def test_distributed_data_parallel_averages_once(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(average_on_two_workers, (tmp_path,), nprocs=2)
+
+
+def average_on_two_workers(rank: int, path: Path) -> None:
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
+    parts = split(batch_of(32), 2)
+    for how in WAYS:
+        serial = []
+        for part in parts:
+            alone = smooth_net()
+            run(alone, part, how)
+            serial.append(grads(alone))
+        expected = torch.stack(serial).mean(0)
+        model, sent = DistributedDataParallel(smooth_net()), []
+
+        def count(
+            _: None, bucket: torch.distributed.GradBucket, sent: list[int] = sent
+        ) -> torch.futures.Future[torch.Tensor]:
+            sent.append(bucket.buffer().numel())
+            work = torch.distributed.all_reduce(bucket.buffer() / 2, async_op=True).get_future()
+            return work.then(lambda future: future.value()[0])
+
+        model.register_comm_hook(None, count)
+        for _ in range(2):
+            model.zero_grad()
+            run(model, parts[rank], how)
+            assert relative(grads(model.module), expected) < 1e-12, how
+        assert sum(sent) == 2 * sum(parameter.numel() for parameter in model.parameters()), how
+    torch.distributed.destroy_process_group()
+
+
+# Memory.
+
+
+def peak_in_parameters(how: dict[str, Any] | None, sub_batches: int) -> float:
+    """Peak of what one step allocates, gradients included, in sizes of the parameters."""
+    model = nn.Sequential(nn.Linear(600, 600), nn.SiLU(), nn.Linear(600, 600))
+    batch = torch.randn(8, 600), torch.randint(600, (8,))
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        if how is None:
+            F.cross_entropy(model(batch[0]), batch[1]).backward()
+        else:
+            run(model, batch, how, sub_batches=sub_batches)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes)) / sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+@EVERY_WAY
+def test_a_step_holds_at_most_three_more_copies_of_the_parameters(how: dict[str, Any]) -> None:
+    plain = peak_in_parameters(None, 1)
+    assert plain == pytest.approx(1, abs=0.1)
+    peaks = [peak_in_parameters(how, count) for count in (2, 4, 8)]
+    assert max(peaks) - min(peaks) < 0.1
+    assert max(peaks) - plain < 3.1
+
+
+# Bad input.
 
 
 @pytest.mark.parametrize(
