@@ -28,7 +28,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     (folder / "recipe.yaml").write_text(
         f"data: {{path: {small_data}, global_batch_size: 32}}\n"
-        "regularizer: {{when: never}\nschedule: {kind: cosine}\n"
+        "regularizer: {when: never}\nschedule: {kind: cosine}\n"
         "metric: {trials: 0}\ntelemetry: {port: null}\n"
     )
     threads = torch.get_num_threads()
