@@ -92,8 +92,11 @@ def test_the_numbers_do_not_depend_on_the_workers(measured: dict[str, Any], runs
     assert len(re.findall(r"written: two\.json", result.stdout)) == 1
     two = json.loads((runs / "two.json").read_text())
     for one_row, two_row in zip(measured["checkpoints"], two["checkpoints"], strict=True):
-        for name in ("curvature", "robustness", "gamma", "bound", "train", "test"):
+        for name in ("curvature", "gamma"):
             assert flat(two_row[name]) == pytest.approx(flat(one_row[name]), rel=1e-9), name
+        # Here the images meet in other batches, and a float32 convolution rounds by the shape of its batch.
+        for name in ("robustness", "bound", "train", "test"):
+            assert flat(two_row[name]) == pytest.approx(flat(one_row[name]), rel=1e-6), name
 
 
 def flat(value: Any) -> list[float]:
