@@ -29,10 +29,16 @@ class DataSettings:
 
     path: str = "fashion-mnist"
     """Directory that ``pipelines.prepare`` made; ``fashion-mnist`` is ./data/fashion-mnist, prepared on first use."""
-    backend: Literal["dali"] = "dali"
-    """What decodes and augments (see pipelines)."""
+    backend: Literal["dali", "torch", "webdataset", "synthetic"] = "dali"
+    """What decodes and augments the training batches; webdataset streams, so evaluation reads with torch there."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """At a sample that cannot be read or decoded: end the run, or take the next one and count it."""
+    mixing: Literal["full", "window"] = "full"
+    """An epoch's order: a permutation of all samples, or of shards, a window of them at a time, for slow disks."""
     augmentation: str = "crop4_flip"
     """none, flip, crop1_flip, crop4_flip or random_resized_crop; evaluation and the metric see none."""
+    color_jitter: float = 0.0
+    """Largest relative change of brightness, contrast and saturation."""
     image_size: int | None = None
     """Side of the square images the model gets, pixels; null: the side they are stored at."""
     batch_size: int | None = None
@@ -60,6 +66,12 @@ class DataSettings:
         for name in ("batch_size", "global_batch_size", "image_size", "train_images", "threads", "prefetch"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"data.{name}", "at least 1", value)
+        _require(0 <= self.color_jitter < 1, "data.color_jitter", "in [0, 1)", self.color_jitter)
+        if self.backend == "webdataset" and (self.train_images is not None or self.holdout_images):
+            raise ValueError(
+                "data.backend=webdataset streams whole shards, it cannot leave images out, "
+                f"got train_images={self.train_images} and holdout_images={self.holdout_images}: use dali or torch"
+            )
         _require(self.holdout_images >= 0, "data.holdout_images", "at least 0", self.holdout_images)
 
 
@@ -281,6 +293,11 @@ class Config:
             raise ValueError(
                 "schedule.warmup_epochs must be less than epochs, "
                 f"got {self.schedule.warmup_epochs} and epochs={self.epochs}"
+            )
+        if self.resume is not None and self.data.backend == "webdataset":
+            raise ValueError(
+                f"resume={self.resume} cannot go on exactly with data.backend=webdataset, whose order is not kept: "
+                "use dali or torch"
             )
         if self.resume == "auto" and self.run_dir is None:
             raise ValueError("resume=auto looks for checkpoints in run_dir, got run_dir=null: give run_dir=DIRECTORY")

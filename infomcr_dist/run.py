@@ -21,12 +21,12 @@ from infomcr_dist.config import Config, OptimizerSettings, to_dict, to_yaml
 from infomcr_dist.schedules import LearningRate, PenaltyWeight
 from infomcr_dist.telemetry import Telemetry
 from infomcr_dist.world import Solo
-from pipelines import Dataset, Loader, Order, Part, Split, open_dataset, open_loader
+from pipelines import Backend, Dataset, Loader, Order, Part, Split, open_dataset, open_loader
 
 EMBEDDED = Path("data") / "fashion-mnist"
 _FREE_ON_RESUME = ("epochs", "run_dir", "resume", "threads", "evaluation", "metric", "checkpoint", "telemetry")
 """Settings that a resumed run may change: they do not alter the steps that are left, or only add to them."""
-_FREE_OF_DATA = ("path", "backend", "batch_size", "global_batch_size", "threads", "prefetch")
+_FREE_OF_DATA = ("path", "backend", "on_error", "batch_size", "global_batch_size", "threads", "prefetch")
 """Of the data section; the shards' fingerprint and the global batch are compared instead."""
 
 
@@ -120,32 +120,37 @@ def prepare_run(config: Config, recipe: Path, world: Solo) -> Run:
     with world.together():
         dataset = open_dataset(EMBEDDED if config.data.path == "fashion-mnist" else config.data.path)
         splits = select_splits(config, dataset)
-        order, sub_batch_size = _plan(config, len(splits["train"]), world.size)
+        order, sub_batch_size = _plan(config, splits["train"], world.size)
         image_size = config.data.image_size or stored_size(dataset)
         torch.manual_seed(config.seed)
         model = models.build(config.model, classes=len(dataset.classes), image_size=image_size).to(world.device)
+        data = config.data
         local_batch = math.ceil(order.global_batch / world.size)
         evaluated = config.evaluation.batch_size
 
-        def loader(split: str, augmentation: str, batch_size: int) -> Loader:
+        def loader(split: str, backend: Backend, augmentation: str, batch_size: int, color_jitter: float) -> Loader:
             return open_loader(
                 splits[split],
-                backend=config.data.backend,
+                backend=backend,
                 augmentation=augmentation,
+                color_jitter=color_jitter,
                 size=image_size,
                 mean=dataset.mean,
                 std=dataset.std,
                 seed=config.seed,
                 batch_size=batch_size,
                 device=world.device,
-                threads=config.data.threads,
-                prefetch=config.data.prefetch,
+                threads=data.threads,
+                prefetch=data.prefetch,
+                on_error=data.on_error,
+                rank=world.rank,
+                world_size=world.size,
             )
 
-        training_images = loader("train", config.data.augmentation, local_batch)
-        train_images = loader("train", "none", max(evaluated, config.metric.samples))
-        test_images = loader("test", "none", evaluated)
-
+        exact: Backend = "torch" if data.backend == "webdataset" else data.backend
+        training_images = loader("train", data.backend, data.augmentation, local_batch, data.color_jitter)
+        train_images = loader("train", exact, "none", max(evaluated, config.metric.samples), 0.0)
+        test_images = loader("test", exact, "none", evaluated, 0.0)
     with world.together():
         telemetry = Telemetry(config.telemetry, rank=world.rank, local_rank=world.local_rank, world_size=world.size)
     directory, state = Path(), None
@@ -242,9 +247,9 @@ def _prepare_embedded() -> None:
         )
 
 
-def _plan(config: Config, samples: int, workers: int) -> tuple[Order, int | None]:
+def _plan(config: Config, split: Split, workers: int) -> tuple[Order, int | None]:
     """The order of the training samples, and the images a sub-batch holds (None: never regularized)."""
-    data, regularizer = config.data, config.regularizer
+    data, regularizer, samples = config.data, config.regularizer, len(split)
     if samples < workers:
         raise ValueError(f"data.path has {samples} training images, fewer than the {workers} workers")
     global_batch = data.global_batch_size or (data.batch_size or 0) * workers
@@ -252,7 +257,7 @@ def _plan(config: Config, samples: int, workers: int) -> tuple[Order, int | None
         raise ValueError(
             f"data.global_batch_size must be at least the number of workers, got {global_batch} and {workers}"
         )
-    order = Order(samples, min(global_batch, samples), config.seed, data.remainder)
+    order = Order(samples, min(global_batch, samples), config.seed, data.remainder, data.mixing, split.index["shard"])
     if regularizer.when == "never":
         return order, None
     local, uneven = divmod(global_batch, workers)

@@ -44,6 +44,8 @@ class StepRecord:
     learning_rate: float
     samples: int
     """images of this rank"""
+    data_errors: int
+    """samples that others stood in for (data.on_error=skip)"""
     step_duration_seconds: float
     data_wait_seconds: float
     allreduce_wait_seconds: float
@@ -144,6 +146,7 @@ class _Metrics:
             ),
         }
         self._samples = Counter("samples", "Training images this rank has taken", **common)
+        self._data_errors = Counter("data_errors", "Samples left out because they could not be read", **common)
         self._steps = Counter("steps", "Updates", ["phase"], **common)
         self._gauges = {
             name: Gauge(name, text, **common)
@@ -178,6 +181,7 @@ class _Metrics:
     def step(self, record: StepRecord) -> None:
         self._duration.labels(record.phase).observe(record.step_duration_seconds)
         self._samples.inc(record.samples)
+        self._data_errors.inc(record.data_errors)
         self._steps.labels(record.phase).inc()
         for name, histogram in self._histograms.items():
             histogram.observe(getattr(record, name))

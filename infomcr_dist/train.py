@@ -25,7 +25,8 @@ from infomcr_dist.budget import WINDOW
 from infomcr_dist.config import Config, load_config
 from infomcr_dist.evaluate import Curvature, Errors, estimate_curvature, evaluate
 from infomcr_dist.fisher import Estimate
-from infomcr_dist.regularizer import Losses, regularized_backward
+from infomcr_dist.functional import functional_loss, trainable_parameters
+from infomcr_dist.regularizer import Losses, health, regularized_backward
 from infomcr_dist.run import Run, prepare_run, save
 from infomcr_dist.schedules import TimeShare
 from infomcr_dist.telemetry import StepRecord
@@ -142,6 +143,7 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
     total_loss = images_seen = 0.0
     run.model.train()
     batches = run.training_images.batches(run.order.parts(epoch, world.rank, world.size))
+    skipped = len(run.training_images.skipped)
     began = time.perf_counter()
     for part in run.order.parts(epoch, world.rank, world.size):
         before = time.perf_counter()
@@ -150,6 +152,7 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
         except ValueError as error:
             raise UserError(f"data: {error}") from error
         data_wait = time.perf_counter() - before
+        skipped, new_errors = len(run.training_images.skipped), len(run.training_images.skipped) - skipped
         progress = epoch + part.step / run.order.steps
         step = epoch * run.order.steps + part.step
         rate = run.learning_rate.at(progress)
@@ -174,6 +177,9 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
             bf16=config.precision == "bf16",
             clip_gradient_norm=config.optimizer.clip_gradient_norm,
         )
+        every = config.regularizer.health_every_steps
+        if penalty is not None and every and step % every == 0:
+            _report_health(run, criterion, batch)
         loss = losses.loss.item()  # also waits for the device, so that the step's time is the step's
         phase = "plain" if penalty is None else "regularized"
         total_loss, images_seen = total_loss + loss * len(part.samples), images_seen + len(part.samples)
@@ -189,6 +195,7 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
             penalised=penalised,
             learning_rate=rate,
             samples=len(part.samples),
+            data_errors=new_errors,
             step_duration_seconds=now - began,
             data_wait_seconds=data_wait,
             allreduce_wait_seconds=allreduce_wait,
@@ -238,6 +245,15 @@ def _announce_regularizer(run: Run, step: int, epoch: int, rate: float) -> None:
     )
 
 
+def _report_health(run: Run, criterion: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    """Compare the two derivatives of the penalty on this rank's first sub-batch, as they are in the run's precision."""
+    images, labels = (tensor[: run.sub_batch_size] for tensor in batch)
+    loss_fn, params = functional_loss(run.model, criterion), trainable_parameters(run.model)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
+        ratio = health(loss_fn, params, (images, labels), run.config.regularizer.alpha)
+    run.telemetry.event("health", penalty_health_ratio=ratio)
+
+
 def _announce_overhead(run: Run, durations: Durations) -> None:
     plain, regularized = _medians(durations)
     if plain and regularized:
@@ -277,6 +293,8 @@ def _epoch_line(
 
 
 def _plus_minus(gamma: Estimate) -> str:
+    if gamma.singular == gamma.trials:
+        return "not measurable"
     return f"{gamma.mean:.1f} ± {gamma.standard_error:.1f}"
 
 
@@ -290,7 +308,7 @@ def _summary(run: Run, test: Errors, train: Errors, gamma: Estimate | None, dura
         metric = run.config.metric
         note = f"   (ln|ξ|, Eq. 6; {gamma.trials} trials of {metric.samples} training images)"
         if gamma.singular:
-            note += f"   {gamma.singular} of {gamma.trials} Gram matrices were not positive definite and are left out"
+            note += f"   {gamma.singular} of {gamma.trials} Gram matrices are not positive definite and left out"
         rows.append(f"{'metric γ̂':<24}{_plus_minus(gamma):>10}{note}")
     plain, regularized = _medians(durations)
     for name, seconds in (("plain", plain), ("regularized", regularized)):
