@@ -5,9 +5,9 @@
 
 A ResNet-8 on 3 000 training images as they are, 40 epochs, batch 128, the rate divided by 10 at epochs 20 and 32; the
 regularizer, with sub-batches of 16, from epoch 20 on. First β: one run for each of five values over the range of the
-paper's list, all on the same images, judged by the error on 2 000 other training images; nothing is chosen on the test images. Then plain, fused
-and sampled (k/M = 1/4) with that β, each with the same seeds (of weights, images and order), judged on the test images.
-Finished runs are kept, so it may be interrupted and repeated. Prints both tables.
+paper's list, all on the same images, judged by the error on 2 000 other training images; nothing is chosen on the test
+images. Then plain, fused and sampled (k/M = 1/4) with that β, each with the same seeds (of weights, images and order),
+judged on the test images. Finished runs are kept, so it may be interrupted and repeated. Prints both tables.
 """
 
 import json
