@@ -1,0 +1,132 @@
+"""Several hosts on one machine: network namespaces on a bridge, each with a name, an address and an sshd of its own.
+
+Needs root, iproute2 and openssh-server. For benchmarks and tests of what crosses a network; see `hosts`.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+_INTERFACE, _PORT, _BRIDGE = "eth0", 2222, "imbridge"
+
+
+def missing() -> str | None:
+    """What keeps this machine from having such hosts, or None."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    for program, package in (("ip", "iproute2"), ("tc", "iproute2"), ("/usr/sbin/sshd", "openssh-server")):
+        if shutil.which(program) is None:
+            return f"{program} is missing (Debian, Ubuntu: apt-get install {package})"
+    probe = subprocess.run(["ip", "netns", "add", "improbe"], capture_output=True, text=True, check=False)
+    if probe.returncode:
+        return f"network namespaces cannot be made here: {probe.stderr.strip()}"
+    _run("ip", "netns", "del", "improbe")
+    return None
+
+
+@dataclass(frozen=True)
+class Host:
+    """A namespace: its name is the host's name, and resolves to its address on every host."""
+
+    name: str
+    address: str
+
+    def command(self, *command: str) -> list[str]:
+        """The command line that runs a command on this host."""
+        named = f'hostname {self.name}; exec "$@"'
+        return ["ip", "netns", "exec", self.name, "unshare", "--uts", "sh", "-c", named, "sh", *command]
+
+
+@dataclass(frozen=True)
+class Hosts:
+    hosts: list[Host]
+    folder: Path
+
+    def horovodrun(self, *command: str, options: tuple[str, ...] = (), slots: int = 1) -> list[str]:
+        """The command line that starts a Horovod job over all hosts, from the first of them."""
+        where = ",".join(f"{host.name}:{slots}" for host in self.hosts)
+        launcher = str(Path(sys.executable).with_name("horovodrun"))
+        count = ["-np", str(slots * len(self.hosts)), "-H", where] if not options else list(options)
+        return self.hosts[0].command(
+            launcher, *count, "--ssh-port", str(_PORT), "--ssh-identity-file", str(self.folder / "key"),
+            "--network-interface", _INTERFACE, *command,
+        )  # fmt: skip
+
+    def set_rate(self, rate: str | None) -> None:
+        """Shape what every host sends to a rate as tc writes it (100mbit); None: as fast as it goes."""
+        for host in self.hosts:
+            tc = ["ip", "netns", "exec", host.name, "tc", "qdisc"]
+            subprocess.run([*tc, "del", "dev", _INTERFACE, "root"], capture_output=True, check=False)
+            if rate is not None:
+                _run(*tc, "add", "dev", _INTERFACE, "root", "tbf", "rate", rate, "burst", "128kb", "latency", "400ms")
+
+    def cut(self, host: Host) -> None:
+        """Take a host off the network; nothing is sent or told any more."""
+        _run("ip", "link", "set", f"im{host.name}", "down")
+
+    def mend(self, host: Host) -> None:
+        _run("ip", "link", "set", f"im{host.name}", "up")
+
+
+@contextmanager
+def hosts(count: int, folder: Path) -> Iterator[Hosts]:
+    """So many hosts, gone again at the end; ``folder`` gets keys and logs."""
+    names = [f"node{i}" for i in range(1, count + 1)]
+    table = "127.0.0.1 localhost\n" + "".join(f"10.77.0.{i} {name}\n" for i, name in enumerate(names, 1))
+    _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "key"))
+    _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "host_key"))
+    shutil.copy(folder / "key.pub", folder / "authorized_keys")
+    Path("/run/sshd").mkdir(exist_ok=True)
+    with ExitStack() as stack:
+        _run("ip", "link", "add", _BRIDGE, "type", "bridge")
+        stack.callback(_run, "ip", "link", "del", _BRIDGE)
+        _run("ip", "link", "set", _BRIDGE, "up")
+        made = []
+        for i, name in enumerate(names, 1):
+            _run("ip", "netns", "add", name)
+            stack.callback(_run, "ip", "netns", "del", name)
+            etc = Path("/etc/netns") / name
+            etc.mkdir(parents=True)
+            stack.callback(shutil.rmtree, etc)
+            (etc / "hosts").write_text(table)
+            _run("ip", "link", "add", f"im{name}", "type", "veth", "peer", "name", _INTERFACE, "netns", name)
+            _run("ip", "link", "set", f"im{name}", "master", _BRIDGE, "up")
+            inside = ["ip", "netns", "exec", name, "ip"]
+            _run(*inside, "addr", "add", f"10.77.0.{i}/24", "dev", _INTERFACE)
+            _run(*inside, "link", "set", _INTERFACE, "up")
+            _run(*inside, "link", "set", "lo", "up")
+            host = Host(name, f"10.77.0.{i}")
+            options = (
+                f"HostKey={folder / 'host_key'}", f"AuthorizedKeysFile={folder / 'authorized_keys'}", "UsePAM=no",
+                "StrictModes=no", "PidFile=none", "PermitRootLogin=yes", f"ListenAddress={host.address}:{_PORT}",
+            )  # fmt: skip
+            with open(folder / f"{name}.log", "wb") as log:
+                server = subprocess.Popen(
+                    host.command("/usr/sbin/sshd", "-D", "-e", *(f"-o{o}" for o in options)), stdout=log, stderr=log
+                )
+            stack.callback(server.wait)
+            stack.callback(server.terminate)
+            made.append(host)
+        _wait_for_sshd(made)
+        yield Hosts(made, folder)
+
+
+def _wait_for_sshd(made: list[Host]) -> None:
+    for host in made:
+        for _ in range(100):
+            probe = ["ip", "netns", "exec", host.name, "bash", "-c", f"exec 3<>/dev/tcp/{host.address}/{_PORT}"]
+            if subprocess.run(probe, capture_output=True, check=False).returncode == 0:
+                break
+            time.sleep(0.1)
+        else:
+            raise RuntimeError(f"sshd of {host.name} does not answer")
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)
