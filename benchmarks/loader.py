@@ -1,0 +1,410 @@
+"""Images a second of every loader, next to what people use otherwise and to the bound of decoding alone.
+
+    python benchmarks/loader.py
+    python benchmarks/loader.py stored=128 cores=[1] augmentations=[random_resized_crop] rounds=9
+
+Shards are made of imagenet-sample-250.tar, resized to 128 x 128 (repeated to 3 000 images) and as they are (1 000).
+Every loader is a process of its own, bound to the given cores; in each round all of them take a turn, in random order,
+alone on those cores. The table gives medians over rounds and, in brackets, quartiles; CPU time counts all processes and
+threads of a loader; memory is the proportional share (PSS) of its processes; first batch is the time to it in the first
+turn, the making of a pipeline or of worker processes included.
+
+- decode only: simplejpeg on bytes in memory, nothing else. The bound of everything on a CPU.
+- decode + augment: the same with our crop, resize, flip and normalization into one buffer. The bound of "torch".
+- DALI's reader: DALI's own order, reading and random numbers (`readers.webdataset`), what "dali" gave up for exactness.
+- PIL DataLoader: image files, PIL, torch's DataLoader with a process a core; webdataset recipe: the library's usual
+  pipeline (shards, shuffle, decode("pil"), WebLoader) with the same transforms.
+"""
+
+import itertools
+import multiprocessing
+import os
+import random
+import shutil
+import statistics
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image, ImageOps
+
+from pipelines import Order, Part, augment, cli, open_dataset, open_loader
+from pipelines.indexed import Renderer
+from pipelines.prepare import Options, prepare
+from pipelines.reader import Files, Workers, chunks
+
+_BATCH = 128
+_Epoch = Callable[[], Iterable[Any]]  # yields batches, whose images come first
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is timed."""
+
+    source: str = "../shared/data/imagenet-sample-250.tar"
+    stored: int = -1
+    """Only shards of this size, 128 or 0 (originals); -1: both."""
+    augmentations: tuple[str, ...] = ("none", "flip", "crop1_flip", "crop4_flip", "random_resized_crop")
+    cores: tuple[int, ...] = (1, 2)
+    rounds: int = 5
+    loaders: tuple[str, ...] = ()
+    """Only these; all if empty."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one loader process is told."""
+
+    loader: str
+    data: Path
+    files: Path
+    augmentation: str
+    size: int
+    passes: int
+    cores: tuple[int, ...]
+
+
+def ours(backend: str, task: Task) -> _Epoch:
+    """A backend of `pipelines`."""
+    dataset = open_dataset(task.data)
+    split = dataset.splits["train"]
+    alone = {"rank": 0, "world_size": 1} if backend == "webdataset" else {}
+    loader = open_loader(
+        split,
+        backend=backend,  # type: ignore[arg-type]
+        augmentation=task.augmentation,
+        size=task.size,
+        mean=dataset.mean,
+        std=dataset.std,
+        batch_size=_BATCH,
+        device=torch.device("cpu"),
+        threads=len(task.cores),
+        **alone,  # type: ignore[arg-type]
+    )
+    order = Order(len(split), _BATCH, seed=0)
+    epochs = itertools.count()
+
+    def parts() -> Iterator[Part]:
+        return itertools.chain.from_iterable(order.parts(next(epochs), 0, 1) for _ in range(task.passes))
+
+    return lambda: loader.batches(parts())
+
+
+def decode_only(task: Task) -> _Epoch:
+    """simplejpeg on bytes in memory, in a thread a core."""
+    encoded = in_memory(task)
+    return partial(threaded, encoded, task, lambda image, row, scratch: simplejpeg.decode_jpeg(image))
+
+
+def decode_and_augment(task: Task) -> _Epoch:
+    """What the torch backend does to an image, without reading and batching."""
+    encoded = in_memory(task)
+    split = open_dataset(task.data).splits["train"]
+    render = Renderer(task.size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), False)
+    index = split.index
+    geometry = augment.draw(
+        augment.augmentation(task.augmentation), 0, 0, np.arange(len(split)), index["height"], index["width"]
+    )
+    one = lambda image, row, scratch: render(image, geometry[row : row + 1], scratch)  # noqa: E731
+    return partial(threaded, encoded, task, one)
+
+
+def in_memory(task: Task) -> list[bytes]:
+    split = open_dataset(task.data).splits["train"]
+    files = Files(split, 1)
+    return [files.read(sample) for sample in range(len(split))]
+
+
+def threaded(
+    encoded: list[bytes], task: Task, one: Callable[[bytes, int, np.ndarray], object]
+) -> Iterator[tuple[range, None]]:
+    workers = Workers(len(task.cores))
+    rows = np.arange(len(encoded) * task.passes) % len(encoded)
+
+    def work(piece: slice) -> range:
+        scratch = np.empty((3, task.size, task.size), np.float32)
+        for row in rows[piece].tolist():
+            one(encoded[row], row, scratch)
+        return range(piece.start, piece.stop)
+
+    futures = [workers.submit(partial(work, piece)) for piece in chunks(rows, 8 * len(task.cores))]
+    for future in futures:
+        yield future.result(), None
+    workers.close()
+
+
+class PillowTransform:
+    """The usual transforms on PIL images, as torchvision has them."""
+
+    def __init__(self, task: Task) -> None:
+        self._chosen, self._size = augment.augmentation(task.augmentation), task.size
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        chosen, size = self._chosen, self._size
+        image = image.convert("RGB")
+        if chosen.area:
+            for _ in range(10):
+                area = image.width * image.height * random.uniform(*chosen.area)
+                ratio = np.exp(random.uniform(*np.log(chosen.ratio)))
+                width, height = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+                if 0 < width <= image.width and 0 < height <= image.height:
+                    break
+            else:
+                width = height = min(image.size)
+            x, y = random.randint(0, image.width - width), random.randint(0, image.height - height)
+            image = image.resize((size, size), Image.Resampling.BILINEAR, box=(x, y, x + width, y + height))
+        elif image.size != (size, size):
+            image = image.resize((size, size), Image.Resampling.BILINEAR)
+        if chosen.pad:
+            x, y = random.randint(0, 2 * chosen.pad), random.randint(0, 2 * chosen.pad)
+            image = ImageOps.expand(image, chosen.pad).crop((x, y, x + size, y + size))
+        if chosen.flip and random.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().to(torch.float32).div_(255)
+        return tensor.sub_(0.5).div_(0.25)
+
+
+class _ImageFiles(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
+    def __init__(self, task: Task) -> None:
+        self._paths = sorted(task.files.glob("*.jpg")) * task.passes
+        self._transform = PillowTransform(task)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, int]:
+        with Image.open(self._paths[number]) as image:
+            return self._transform(image), 0
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+def pil_dataloader(task: Task) -> _Epoch:
+    """Files, PIL and torch's DataLoader."""
+    loader = torch.utils.data.DataLoader(
+        _ImageFiles(task),
+        batch_size=_BATCH,
+        shuffle=True,
+        num_workers=len(task.cores),
+        persistent_workers=True,
+        worker_init_fn=_one_thread,
+    )
+    return lambda: loader
+
+
+def webdataset_recipe(task: Task) -> _Epoch:
+    """The pipeline of the webdataset library's own documentation."""
+    import webdataset
+
+    urls = [str(path) for path in sorted((task.data / "train").glob("*.tar"))] * task.passes
+    shards = (
+        webdataset.WebDataset(urls, shardshuffle=100)
+        .shuffle(1000)
+        .decode("pil")
+        .to_tuple("jpg", "cls")
+        .map_tuple(PillowTransform(task), int)
+        .batched(_BATCH)
+    )
+    loader = webdataset.WebLoader(
+        shards, batch_size=None, num_workers=len(task.cores), persistent_workers=True, worker_init_fn=_one_thread
+    )
+    return lambda: loader
+
+
+def dali_reader(task: Task) -> _Epoch:
+    """DALI left to itself: its reader, its shuffle, its random numbers."""
+    import nvidia.dali
+    from nvidia.dali.pipeline import Pipeline
+    from torch.utils.dlpack import from_dlpack
+
+    fn: Any = nvidia.dali.fn
+    types: Any = nvidia.dali.types
+    shards = sorted((task.data / "train").glob("*.tar"))
+    chosen, side = augment.augmentation(task.augmentation), [task.size, task.size]
+    index = open_dataset(task.data).splits["train"].index
+    same = bool((index["height"] == task.size).all() and (index["width"] == task.size).all())
+    pipeline = Pipeline(batch_size=_BATCH, num_threads=len(task.cores), device_id=None, exec_dynamic=True, seed=1)
+    with pipeline:
+        images, labels = fn.readers.webdataset(
+            paths=[str(path) for path in shards],
+            index_paths=[str(path.with_suffix(".idx")) for path in shards],
+            ext=["jpg", "cls"],
+            random_shuffle=True,
+            initial_fill=1000,
+        )
+        if chosen.area:
+            images = fn.decoders.image_random_crop(images, random_area=chosen.area, random_aspect_ratio=chosen.ratio)
+        else:
+            images = fn.decoders.image(images)
+        if chosen.area or not same:
+            images = fn.resize(images, size=side, interp_type=types.INTERP_LINEAR)
+        if chosen.pad:
+            shift = fn.random.uniform(range=[-chosen.pad, chosen.pad + 1], shape=[2])
+            shift = fn.cast(shift, dtype=types.INT32)
+            images = fn.slice(images, start=shift, shape=side, axes=[0, 1], out_of_bounds_policy="pad", fill_values=0)
+        images = fn.crop_mirror_normalize(
+            images,
+            mirror=fn.random.coin_flip() if chosen.flip else 0,
+            dtype=types.FLOAT,
+            output_layout="CHW",
+            mean=[127.5] * 3,
+            std=[63.75] * 3,
+        )
+        pipeline.set_outputs(images, labels)
+    pipeline.build()
+
+    def epoch() -> Iterator[tuple[torch.Tensor, None]]:
+        for _ in range(-(-len(index) * task.passes // _BATCH)):
+            yield from_dlpack(pipeline.run()[0].as_tensor()), None
+
+    return epoch
+
+
+LOADERS: dict[str, Callable[[Task], _Epoch]] = {
+    "decode only": decode_only,
+    "decode + augment": decode_and_augment,
+    "dali": partial(ours, "dali"),
+    "torch": partial(ours, "torch"),
+    "webdataset": partial(ours, "webdataset"),
+    "DALI's reader": dali_reader,
+    "PIL DataLoader": pil_dataloader,
+    "webdataset recipe": webdataset_recipe,
+}
+
+
+def family() -> list[Path]:
+    """/proc folders of this process and its children."""
+    children = [path.read_text().split() for path in Path("/proc/self/task").glob("*/children")]
+    return [Path("/proc/self"), *(Path("/proc") / child for task in children for child in task)]
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process and its children."""
+    fields = [(folder / "stat").read_text().rpartition(")")[2].split() for folder in family()]
+    return sum(int(ticks) for stat in fields for ticks in stat[11:13]) / os.sysconf("SC_CLK_TCK")
+
+
+def memory_bytes() -> int:
+    """Proportional share of this process and its children."""
+    texts = [(folder / "smaps_rollup").read_text() for folder in family()]
+    return 1024 * sum(int(text.partition("\nPss:")[2].split()[0]) for text in texts)
+
+
+def serve(task: Task, pipe: Any) -> None:
+    """A loader process: an epoch at every request, answered with (images, seconds, CPU seconds, first, memory)."""
+    os.sched_setaffinity(0, task.cores)
+    torch.set_num_threads(1)
+    made = time.perf_counter()
+    epoch = LOADERS[task.loader](task)
+    making = time.perf_counter() - made
+    while pipe.recv():
+        started, spent, count, first = time.perf_counter(), cpu_seconds(), 0, 0.0
+        for batch in epoch():
+            first = first or making + time.perf_counter() - started
+            count += len(batch[0])
+        pipe.send((count, time.perf_counter() - started, cpu_seconds() - spent, first, memory_bytes()))
+    os._exit(0)  # some loaders' threads and processes take their time to end
+
+
+def measure(tasks: list[Task], rounds: int) -> dict[str, list[tuple[float, ...]]]:
+    """Answers of each loader, the first turn included, all taking turns."""
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Any] = {}
+    for task in tasks:
+        pipes[task.loader], other = context.Pipe()
+        context.Process(target=serve, args=(task, other)).start()
+        other.close()
+    answers: dict[str, list[tuple[float, ...]]] = {name: [] for name in pipes}
+    for _ in range(rounds + 1):
+        for name in random.sample(list(pipes), len(pipes)):
+            pipes[name].send(True)
+            answers[name].append(pipes[name].recv())
+    for pipe in pipes.values():
+        pipe.send(False)
+    return answers
+
+
+def spread(values: list[float], digits: int = 0) -> str:
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return f"{middle:.{digits}f} [{low:.{digits}f} {high:.{digits}f}]"
+
+
+def report(data: Path, files: Path, size: int, passes: int, settings: Settings) -> None:
+    """The tables of one data set: images a second, and the costs."""
+    names = settings.loaders or tuple(LOADERS)
+    for count in settings.cores:
+        rates: dict[str, list[str]] = {name: [] for name in names}
+        costs: dict[str, str] = {}
+        for augmentation in settings.augmentations:
+            tasks = [Task(name, data, files, augmentation, size, passes, tuple(range(count))) for name in names]
+            for name, answers in measure(tasks, settings.rounds).items():
+                rates[name].append(spread([images / seconds for images, seconds, *_ in answers[1:]]))
+                cpu = spread([1e6 * spent / images for images, _, spent, *_ in answers[1:]])
+                costs[name] = f"{cpu:>18}{1000 * answers[0][3]:>16.0f}{answers[-1][4] / 1e6:>12.0f}"
+        print(
+            f"\n{data.name}, batches of {_BATCH} at {size} x {size}, {count} core{'s' if count > 1 else ''}: images/s"
+        )
+        print(f"{'':<18}" + "".join(f"{name:>22}" for name in settings.augmentations))
+        for name in names:
+            print(f"{name:<18}" + "".join(f"{rate:>22}" for rate in rates[name]))
+        print(f"{settings.augmentations[-1]:<18}{'CPU us/image':>18}{'first batch ms':>16}{'memory MB':>12}")
+        for name in names:
+            print(f"{name:<18}{costs[name]}", flush=True)
+
+
+def repeated(source: Path, folder: Path, times: int) -> Path:
+    """A folder of class folders with every image of the source `times` times."""
+    with tarfile.open(source) as archive:
+        for entry in archive:
+            if entry.isfile():
+                data = archive.extractfile(entry)
+                assert data is not None
+                target = folder / Path(entry.name).parent.name
+                target.mkdir(parents=True, exist_ok=True)
+                encoded = data.read()
+                for number in range(times):
+                    (target / f"{number}-{Path(entry.name).name}").write_bytes(encoded)
+    return folder
+
+
+def extracted(data: Path, folder: Path) -> Path:
+    """The images of a data set as single files."""
+    split = open_dataset(data).splits["train"]
+    files = Files(split, 1)
+    folder.mkdir()
+    for sample in range(len(split)):
+        (folder / f"{sample:06d}.jpg").write_bytes(files.read(sample))
+    return folder
+
+
+def main(arguments: list[str]) -> None:
+    settings = cli.parse(Settings, arguments)
+    source = Path(__file__).parents[1] / settings.source
+    if not source.exists():
+        raise ValueError(f"source {source} is not here")
+    scratch = Path(tempfile.mkdtemp(prefix="loader-benchmark-"))
+    try:
+        for stored, times, size, passes in ((128, 12, 112, 1), (0, 4, 224, 1)):
+            if settings.stored not in (-1, stored):
+                continue
+            name = f"{stored} x {stored}" if stored else "originals"
+            images = repeated(source, scratch / f"source-{stored}", times)
+            prepare(str(images), scratch / name, Options(size=stored, shard_size=500))
+            files = extracted(scratch / name, scratch / f"files-{stored}")
+            report(scratch / name, files, size, passes, settings)
+    finally:
+        shutil.rmtree(scratch)
+
+
+if __name__ == "__main__":
+    cli.run("benchmarks/loader.py", main)
