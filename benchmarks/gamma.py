@@ -5,8 +5,7 @@
 
 "forward-backward" is one pass over the N images in eval mode, which gives the ordinary gradient. "one backward per
 sample" is the authors' way: N of them, with J (N, W) held for the product (`per_sample=false` leaves it out).
-Rounds are interleaved; the table gives medians, in brackets quartiles, and the peak of the process beyond its resident
-size before (Linux).
+Rounds are interleaved; the table gives medians, in brackets quartiles, and the peak of what torch allocates.
 """
 
 import random
@@ -15,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +49,14 @@ def one_backward_per_sample(model: nn.Module, images: Tensor, labels: Tensor) ->
     return (jacobian @ jacobian.T).double()
 
 
-def resident_bytes(field: str) -> int:
-    """VmRSS (now) or VmHWM (peak) of this process."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split(f"{field}:")[1].split()[0])
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most memory that torch has allocated, during the call, beyond what it had before."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        call()
+    assert profiler.profiler is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return int(max(accumulate(sizes)))
 
 
 def main(settings: Settings) -> None:
@@ -75,16 +78,13 @@ def main(settings: Settings) -> None:
     if settings.per_sample:
         kinds["one backward per sample"] = lambda: one_backward_per_sample(model, images, labels)
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
-    peak: dict[str, int] = dict.fromkeys(kinds, 0)
+    peak = {name: peak_bytes(call) for name, call in kinds.items()}
     for round_number in range(settings.rounds + 1):
         for name in random.sample(list(kinds), len(kinds)):
-            Path("/proc/self/clear_refs").write_text("5")  # restarts the peak
-            before = resident_bytes("VmRSS")
             start = time.perf_counter()
             kinds[name]()
             if round_number:  # the first is warm-up
                 seconds[name].append(time.perf_counter() - start)
-            peak[name] = max(peak[name], resident_bytes("VmHWM") - before)
 
     print(
         f"{settings.model} at {settings.image_size}x{settings.image_size}, {settings.samples} images, "

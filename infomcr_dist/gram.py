@@ -23,6 +23,7 @@ from infomcr_dist.functional import (
 )
 
 BLOCK_BYTES = 256 * 2**20  # of J held at a time
+CACHE_BYTES = 4 * 2**20  # of a layer's input patches held at a time
 
 
 def gradient_gram(loss_fn: LossFunction, params: Params, batch: Batch, chunk: int | None = None) -> Tensor:
@@ -76,21 +77,28 @@ class _Sum:
         for block in self._thirds():
             self.upper[block, block.start :] += rows[block] @ rows[block.start :].T
 
-    def add_outer(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Add the inner products of the matrices G_n = outputs_n inputs_n^T, inputs (N, D, P) and outputs (N, O, P):
-        from blocks of rows of G, or, which is cheaper for few positions P, as
+    def add_outer(self, inputs: Callable[[slice], Tensor], outputs: Tensor) -> None:
+        """Add the inner products of the matrices G_n = outputs_n inputs_n^T, for inputs of some samples (any, D, P) and
+        outputs (N, O, P): from blocks of rows of G, or, which is cheaper for few positions P, as
         <G_n, G_m> = sum_pq (inputs_np . inputs_mq) (outputs_np . outputs_mq)."""
-        samples, depth, positions = inputs.shape
-        width = outputs.shape[1]
+        samples, width, positions = outputs.shape
+        depth, item = inputs(slice(0, 1)).shape[1], outputs.element_size()
         if samples * positions**2 * (depth + width) > (2 * positions + samples) * depth * width:
-            for part in outputs.split(max(1, BLOCK_BYTES // (samples * depth * inputs.element_size())), dim=1):
-                product = self.buffer("gradient", (samples, part.shape[1], depth), inputs)
-                self.add(torch.bmm(part, inputs.mT, out=product).flatten(1))
+            chunk = max(1, CACHE_BYTES // (depth * positions * item))
+            for part in outputs.split(max(1, BLOCK_BYTES // (samples * depth * item)), dim=1):
+                rows = self.buffer("rows", (samples, part.shape[1], depth), outputs)
+                for first in range(0, samples, chunk):
+                    some = slice(first, first + chunk)
+                    torch.bmm(part[some], inputs(some).mT, out=rows[some])
+                self.add(rows.flatten(1))
             return
-        left, right = (tensor.mT.reshape(samples * positions, -1) for tensor in (inputs, outputs))
+        left, right = (tensor.mT.reshape(samples * positions, -1) for tensor in (inputs(slice(None)), outputs))
         for block in self._thirds():
-            rows, later = slice(block.start * positions, block.stop * positions), slice(block.start * positions, None)
-            products = (left[rows] @ left[later].T).mul_(right[rows] @ right[later].T)
+            rows_of, later = (
+                slice(block.start * positions, block.stop * positions),
+                slice(block.start * positions, None),
+            )
+            products = (left[rows_of] @ left[later].T).mul_(right[rows_of] @ right[later].T)
             pairs = products.view(block.stop - block.start, positions, -1, positions)
             self.upper[block, block.start :] += pairs.sum((1, 3))
 
@@ -208,25 +216,28 @@ def _add_convolution(total: _Sum, arguments: Arguments, output_gradient: Tensor)
     padded = arguments["input"]
     if any(padding):
         padded = F.pad(padded, (padding[1], padding[1], padding[0], padding[0]))
-    samples, channels = padded.shape[:2]
-    kernel, size = weight.shape[2:], output_gradient.shape[2:]
+    groups = arguments.get("groups", 1)
+    shape = (padded.shape[1] // groups, *weight.shape[2:], *output_gradient.shape[2:])
     strides = [*padded.stride(), *padded.stride()[2:]]
     for axis in (0, 1):
         strides[2 + axis] *= dilation[axis]
         strides[4 + axis] *= stride[axis]
-    shape = (samples, channels, *kernel, *size)
-    patches = total.buffer("patches", shape, padded).copy_(padded.as_strided(shape, strides))
-    inputs = patches.view(samples, -1, outputs.shape[2])
-    groups = arguments.get("groups", 1)
-    for left, right in zip(inputs.chunk(groups, dim=1), outputs.chunk(groups, dim=1), strict=True):
-        total.add_outer(left, right)
+    for images, gradients in zip(padded.chunk(groups, dim=1), outputs.chunk(groups, dim=1), strict=True):
+
+        def patches(some: slice, images: Tensor = images) -> Tensor:
+            chosen = images[some]
+            windows = chosen.as_strided((len(chosen), *shape), strides, chosen.storage_offset())
+            copies = total.buffer("patches", windows.shape, chosen).copy_(windows)
+            return copies.view(len(chosen), -1, outputs.shape[2])
+
+        total.add_outer(patches, gradients)
 
 
 def _add_linear(total: _Sum, arguments: Arguments, output_gradient: Tensor) -> None:
     inputs, outputs = (
         tensor.reshape(total.samples, -1, tensor.shape[-1]).mT for tensor in (arguments["input"], output_gradient)
     )
-    total.add_outer(inputs, outputs)
+    total.add_outer(lambda some: inputs[some], outputs)
 
 
 def _add_batch_norm(total: _Sum, arguments: Arguments, output_gradient: Tensor) -> None:

@@ -126,6 +126,7 @@ def test_chunks_of_the_general_way(chunk: int) -> None:
 
 def test_blocks_smaller_than_a_layer(monkeypatch: Any) -> None:
     monkeypatch.setattr(gram, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(gram, "CACHE_BYTES", 3 * 9 * 36 * 8 * 2)  # two images
     torch.manual_seed(0)
     check(NETS["other layers"]().double(), batch_of())
     check(NETS["padding, dilation, groups"]().double(), batch_of())
