@@ -246,8 +246,13 @@ def _fetch_fashion_mnist(scratch: Path) -> Path:
         return found[0]
     if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
         raise ValueError(f"{FASHION_MNIST} needs apt-get and dpkg-deb; give a folder with its four IDX files instead")
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        _command(["apt-get", "download", "dataset-fashion-mnist"], Path(folder))
+    with tempfile.TemporaryDirectory(dir=scratch.resolve()) as folder:
+        try:
+            _command(["apt-get", "download", "dataset-fashion-mnist"], Path(folder))
+        except ValueError:  # a new machine has no package lists: fetch them for this once, into the folder
+            own = ["-o", f"Dir::State={folder}", "-o", f"Dir::Cache={folder}", "-o", "Debug::NoLocking=1"]
+            _command(["apt-get", *own, "update"], Path(folder))
+            _command(["apt-get", *own, "download", "dataset-fashion-mnist"], Path(folder))
         package = next(Path(folder).glob("*.deb"))
         _command(["dpkg-deb", "-x", str(package), "unpacked"], Path(folder))
         (Path(folder) / "unpacked").rename(scratch / "package")
