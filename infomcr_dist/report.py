@@ -79,11 +79,11 @@ def read(directory: Path) -> RunRecords:
 def draw(runs: list[RunRecords]) -> Figure:
     """All plots of the runs: loss, error, gap, γ̂, rate and β, anatomy of a step."""
     figure = Figure(figsize=(13, 6.6), layout="constrained")
-    axes = figure.subplots(2, 3).flat
+    axes = figure.subplots(2, 3, sharex=True).flat
     panels: list[tuple[str, Callable[[Axes, RunRecords, str], None]]] = [
         ("training loss", lambda a, r, c: _line(a, r.series("step", "loss"), c, r.name)),
         ("top-1 error, %: test —, train ··", _draw_errors),
-        ("penalty R_α (0 while off)", _draw_penalty),
+        ("penalty R_α", _draw_penalty),
         ("metric γ̂ ± standard error (lower is better)", _draw_gamma),
         ("learning rate —, β ··", _draw_schedules),
         ("step, ms: whole —, data wait ··, allreduce wait - -", _draw_anatomy),
