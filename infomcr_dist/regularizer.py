@@ -147,7 +147,7 @@ def regularized_backward(
     if derivative == "auto":
         derivative = "exact" if _autocast(params) or _low_precision(params) else "finite_difference"
     _check(alpha, derivative, params)
-    _check_model(model, derivative)
+    _check_modules(model, criterion, derivative)
     count = _sub_batch_count(len(images), sub_batches, sub_batch_size)
     split = _split(images, labels, count, way, sampled)
     penalty_weight = beta / len(split.penalized)
@@ -270,7 +270,9 @@ def _check(alpha: float, derivative: Derivative, params: Params) -> None:
         raise ValueError("autocast to float16 needs loss scaling, which the penalty does not do: use bfloat16")
 
 
-def _check_model(model: nn.Module, derivative: Derivative) -> None:
+def _check_modules(model: nn.Module, criterion: Criterion, derivative: Derivative) -> None:
+    if isinstance(criterion, nn.Module) and any(parameter.requires_grad for parameter in criterion.parameters()):
+        raise ValueError("criterion must have no trainable parameters: make them part of model")
     if isinstance(model, DistributedDataParallel) and model.static_graph:
         raise ValueError(
             "model must not be DistributedDataParallel(static_graph=True): a step has passes it does not know"
@@ -319,11 +321,12 @@ def _running_statistics(model: nn.Module, fraction: float, counted: bool) -> Ite
         for layer, momentum in layers:
             layer.momentum = 1 - (1 - momentum) ** fraction
         yield
+        for layer, _ in layers:
+            if not counted and layer.num_batches_tracked is not None:
+                layer.num_batches_tracked -= 1
     finally:
         for layer, momentum in layers:
             layer.momentum = momentum
-            if not counted and layer.num_batches_tracked is not None:
-                layer.num_batches_tracked -= 1
 
 
 def _repeatable(device: torch.device) -> AbstractContextManager[None]:

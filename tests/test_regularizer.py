@@ -529,6 +529,19 @@ def test_weights_of_few_bits_take_the_exact_derivative(dtype: torch.dtype) -> No
     torch.testing.assert_close(losses.penalty.double(), expected.penalty, rtol=0.05, atol=0)
 
 
+def test_a_criterion_that_learns_is_refused() -> None:
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+        def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+            return F.cross_entropy(logits, labels, self.weight)
+
+    with pytest.raises(ValueError, match="criterion must have no trainable parameters"):
+        regularized_backward(smooth_net().float(), Weighted(), *batch_of(), alpha=ALPHA, beta=BETA, sub_batches=4)
+
+
 def test_autocast_to_float16_is_refused() -> None:
     model, batch = smooth_net().float(), (batch_of()[0].float(), batch_of()[1])
     with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="needs loss scaling"):
