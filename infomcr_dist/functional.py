@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
 
 Params = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor]
@@ -44,7 +45,11 @@ def functional_loss(model: nn.Module, criterion: Criterion = nn.functional.cross
     `params` maps names, as in `model.named_parameters()`, to tensors; a name left out keeps the model's own value.
     `criterion(logits, labels)` must be a mean over the batch. The call runs on copies of the buffers: in training mode
     BatchNorm normalises by the batch and the model's running statistics stay as they are.
+
+    Raises ValueError for a model in DistributedDataParallel, which every forward pass prepares for a backward pass.
     """
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError("model must not be in DistributedDataParallel here: give model.module")
     return FunctionalLoss(model, criterion)
 
 

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from infomcr_dist.functional import (
     Batch,
     Criterion,
+    FunctionalLoss,
     LossFunction,
     Params,
     add_scaled,
@@ -135,8 +136,8 @@ def regularized_backward(
 
     The parameters themselves are never changed. Hooks on their gradients fire once each, in the last backward, when
     p.grad holds everything else: Horovod and DistributedDataParallel send what a plain step sends. Running statistics
-    of BatchNorm move once per image, from the unperturbed weights, with the horizon of a plain step. Dropout uses the
-    same mask in both passes over a sub-batch.
+    of BatchNorm move once per image, from the unperturbed weights, with the horizon of a plain step. Dropout, and
+    whatever else draws from torch's generators, is the same in both passes over a sub-batch.
 
     Raises ValueError for settings that do not fit, before anything is computed.
     """
@@ -346,9 +347,9 @@ def _tracked_loss(model: nn.Module, criterion: Criterion, fraction: float, count
 
 def _pure_loss(model: nn.Module, criterion: Criterion) -> LossFunction:
     """The loss at any parameters, named as in the wrapped model where `model` is DistributedDataParallel."""
-    loss_fn = functional_loss(model, criterion)
     if not isinstance(model, DistributedDataParallel):
-        return loss_fn
+        return functional_loss(model, criterion)
+    loss_fn = FunctionalLoss(model, criterion)
     return lambda params, batch: loss_fn({f"module.{name}": tensor for name, tensor in params.items()}, batch)
 
 

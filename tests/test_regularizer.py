@@ -593,6 +593,8 @@ def test_wrappers_that_cannot_work_are_refused() -> None:
         run(DistributedDataParallel(smooth_net(), static_graph=True), batch_of(), {})
     with pytest.raises(ValueError, match="must be the outermost wrapper"):
         run(nn.Sequential(DistributedDataParallel(smooth_net())), batch_of(), {})
+    with pytest.raises(ValueError, match=r"give model\.module"):
+        functional_loss(DistributedDataParallel(smooth_net()))
 
 
 def test_distributed_data_parallel_averages_once(tmp_path: Path) -> None:
