@@ -51,7 +51,7 @@ def main(steps: int) -> None:
             value = loss.item()
             took = time.perf_counter() - began
             step_seconds.append(took)
-            record = StepRecord(step, 1, "regularized", value, 1e-4, 10.0, 4, 0.1, 64, 0, took, 1e-3, 1e-3)
+            record = StepRecord(step, 1, "regularized", value, 1e-4, 10.0, 4, 1.0, 0.1, 64, 0, took, 1e-3, 1e-3)
             began = time.perf_counter()
             telemetry.step(record, 64)
             record_seconds.append(time.perf_counter() - began)

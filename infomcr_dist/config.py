@@ -270,6 +270,8 @@ class Config:
     """Where the run's files go; null: runs/RECIPE-TIME."""
     resume: str | None = None
     """A run directory or a checkpoint to go on from; auto: go on from run_dir if it holds a checkpoint."""
+    nonfinite_steps: int = 10
+    """Steps in a row with a non-finite gradient, each left out on every worker, after which the run ends."""
     threads: int | None = None
     """Threads a worker computes with on the CPU; null: the machine's cores, shared by the workers on it."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -285,6 +287,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "epochs", "at least 1", self.epochs)
+        _require(self.nonfinite_steps >= 1, "nonfinite_steps", "at least 1", self.nonfinite_steps)
         _require(self.threads is None or self.threads >= 1, "threads", "at least 1", self.threads)
         late = [m for m in self.schedule.milestones if m >= self.epochs]
         if late:

@@ -41,6 +41,8 @@ class StepRecord:
     """β of the schedule"""
     penalised: int | None
     """sub-batches of this rank whose penalty was taken; None before the regularizer is on"""
+    gradient_norm: float
+    """2-norm of the averaged, regularized gradient, before clipping; not finite: the update was left out"""
     learning_rate: float
     samples: int
     """images of this rank"""
@@ -147,6 +149,9 @@ class _Metrics:
         }
         self._samples = Counter("samples", "Training images this rank has taken", **common)
         self._data_errors = Counter("data_errors", "Samples left out because they could not be read", **common)
+        self._nonfinite = Counter(
+            "nonfinite_steps", "Updates left out for a gradient that was not finite on some rank", **common
+        )
         self._steps = Counter("steps", "Updates", ["phase"], **common)
         self._gauges = {
             name: Gauge(name, text, **common)
@@ -154,10 +159,11 @@ class _Metrics:
                 "loss": "Loss of the last batch, without the penalty",
                 "penalty": "Penalty R_alpha of the last regularized batch, before beta",
                 "beta": "Weight of the penalty in the last update",
+                "gradient_norm": "2-norm of the last averaged, regularized gradient, before clipping",
                 "learning_rate": "Learning rate of the last update",
                 "regularizer_active": "1 if the last update was regularized",
                 "world_size": "Workers of the run",
-                "epoch": "Epochs completed",
+                "epochs_completed": "Epochs behind the run",
                 "gamma_hat": "Metric gamma-hat, ln of the determinant of xi (Eq. 6); lower generalizes better",
                 "gamma_hat_standard_error": "Standard error of gamma_hat over its trials",
                 "gamma_hat_cost_seconds": "Time the last estimate of gamma_hat took",
@@ -182,11 +188,14 @@ class _Metrics:
         self._duration.labels(record.phase).observe(record.step_duration_seconds)
         self._samples.inc(record.samples)
         self._data_errors.inc(record.data_errors)
+        self._nonfinite.inc(not math.isfinite(record.gradient_norm))
         self._steps.labels(record.phase).inc()
         for name, histogram in self._histograms.items():
             histogram.observe(getattr(record, name))
         self._gauges["regularizer_active"].set(record.phase == "regularized")
-        self.event({name: getattr(record, name) for name in ("loss", "penalty", "beta", "learning_rate")})
+        self.event(
+            {name: getattr(record, name) for name in ("loss", "penalty", "beta", "gradient_norm", "learning_rate")}
+        )
         self.event({"penalised_sub_batches": record.penalised})
 
     def event(self, values: dict[str, Any]) -> None:

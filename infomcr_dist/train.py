@@ -49,12 +49,13 @@ def train_step(
     penalty: dict[str, Any] | None,
     bf16: bool = False,
     clip_gradient_norm: float | None = None,
-) -> tuple[Losses, float]:
+) -> tuple[Losses, float, float]:
     """One update of L + βR_α (Jia & Su 2020, Algorithm 1), or of L where ``penalty`` is None.
 
     ``batch``: images (B, 3, H, W) float32, labels (B,) int64, of this worker; ``weight``: this worker's share of the
-    global batch times the number of workers, so that the mean over workers is the mean over images. Returns the losses
-    and the seconds spent waiting for the allreduce.
+    global batch times the number of workers, so that the mean over workers is the mean over images. Returns the losses,
+    the 2-norm of the averaged gradient and the seconds spent waiting for the allreduce. Where that norm is not finite
+    the update is left out: the average is the same on every worker, so all leave it out.
     """
     images, labels = batch
     optimizer.zero_grad()
@@ -69,10 +70,13 @@ def train_step(
     before = time.perf_counter()
     world.average_gradients(optimizer)
     waited = time.perf_counter() - before
-    if clip_gradient_norm is not None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip_gradient_norm)
-    world.update(optimizer)
-    return losses, waited
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if torch.isfinite(norm):
+        if clip_gradient_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, clip_gradient_norm, norm)
+        world.update(optimizer)
+    return losses, norm.item(), waited
 
 
 def train(run: Run) -> None:
@@ -126,7 +130,7 @@ def train(run: Run) -> None:
         test = errors("test") if last or _due(epoch, config.evaluation.every_epochs) else None
         train = errors("train") if last or _due(epoch, config.evaluation.train_every_epochs) else None
         metric = measure() if metric_due(last) else None
-        telemetry.event("epoch", epoch=epoch + 1, training_loss=training_loss)
+        telemetry.event("epoch", epoch=epoch + 1, epochs_completed=epoch + 1, training_loss=training_loss)
         telemetry.say(_epoch_line(epoch + 1, config.epochs, training_loss, test, train, metric, metric_time))
         if last or _due(epoch, config.checkpoint.every_epochs):
             save(run, epoch + 1)
@@ -143,7 +147,7 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
     total_loss = images_seen = 0.0
     run.model.train()
     batches = run.training_images.batches(run.order.parts(epoch, world.rank, world.size))
-    skipped = len(run.training_images.skipped)
+    skipped, nonfinite = len(run.training_images.skipped), 0
     began = time.perf_counter()
     for part in run.order.parts(epoch, world.rank, world.size):
         before = time.perf_counter()
@@ -166,7 +170,7 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
         torch.manual_seed((config.seed * 1_000_003 + step) * 65_537 + world.rank)
         penalised = None if beta is None else run.penalised(part, step)
         penalty = run.penalty(part, penalised, beta)
-        losses, allreduce_wait = train_step(
+        losses, gradient_norm, allreduce_wait = train_step(
             run.model,
             criterion,
             run.optimizer,
@@ -193,6 +197,7 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
             penalty=None if penalty is None else losses.penalty.item(),
             beta=None if penalty is None else beta,
             penalised=penalised,
+            gradient_norm=gradient_norm,
             learning_rate=rate,
             samples=len(part.samples),
             data_errors=new_errors,
@@ -202,6 +207,13 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
         )
         began = now
         telemetry.step(record, part.global_size)
+        nonfinite = 0 if math.isfinite(gradient_norm) else nonfinite + 1
+        if nonfinite >= config.nonfinite_steps:
+            raise UserError(
+                f"the gradient was not finite in {nonfinite} steps in a row, up to step {step + 1} (loss {loss:g}, "
+                f"rate {rate:g}): lower optimizer.learning_rate or regularizer.beta, and go on from the last checkpoint",
+                everywhere=True,
+            )
         if run.budget is not None and (beta is None or penalised is not None):
             run.budget.observe(penalised, record.step_duration_seconds)
             if beta is not None and step % WINDOW == 0:
@@ -288,7 +300,8 @@ def _epoch_line(
         if errors is not None:
             line += f", {split} error {errors.top1_error_ratio:.2%}"
     if metric is not None:
-        line += f", γ̂ {_plus_minus(metric.gamma_hat)} in {metric_time.last:.1f} s"
+        share = metric_time.spent / (time.perf_counter() - metric_time.began)
+        line += f", γ̂ {_plus_minus(metric.gamma_hat)} (took {metric_time.last:.1f} s, so far {share:.1%} of the time)"
     return line
 
 

@@ -148,7 +148,15 @@ def test_every_rank_exports_its_metrics(job: dict[str, Any]) -> None:
         count = value['infomcr_step_duration_seconds_count{phase="plain"}']
         assert count == value['infomcr_steps_total{phase="plain"}']
         assert value["infomcr_data_wait_seconds_count"] >= count
-        for name in ("samples_total", "loss", "learning_rate", "penalty", "gamma_hat", "regularizer_active"):
+        for name in (
+            "samples_total",
+            "loss",
+            "learning_rate",
+            "gradient_norm",
+            "penalty",
+            "gamma_hat",
+            "regularizer_active",
+        ):
             assert f"infomcr_{name}" in value
         assert value["infomcr_gamma_hat_standard_error"] > 0
 
@@ -363,6 +371,17 @@ def test_no_room_for_a_checkpoint(
     assert len(lines) == 1
     assert re.match(r"error: run/checkpoints/epoch-0001.pt could not be written: .*No space left", lines[0])
     assert list((here / "run" / "checkpoints").iterdir()) == []
+
+
+def test_steps_that_are_not_finite_are_left_out_and_end_the_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["telemetry.port=null", "metric.trials=0", "epochs=3", "run_dir=run", "nonfinite_steps=4"]
+    assert main(["recipe.yaml", *settings, "optimizer.learning_rate=1e38", "optimizer.clip_gradient_norm=null"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(lines) == 1
+    assert re.match(r"error: the gradient was not finite in 4 steps in a row, up to step \d+ \(loss nan", lines[0])
+    steps = records(here / "run", "step")
+    assert [s["gradient_norm"] is None for s in steps[-4:]] == [True] * 4
+    assert steps[-5]["gradient_norm"] is not None
 
 
 def test_more_workers_than_images(small_data: Path) -> None:
