@@ -211,7 +211,7 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
         if nonfinite >= config.nonfinite_steps:
             raise UserError(
                 f"the gradient was not finite in {nonfinite} steps in a row, up to step {step + 1} (loss {loss:g}, "
-                f"rate {rate:g}): lower optimizer.learning_rate or regularizer.beta, and go on from the last checkpoint",
+                f"rate {rate:g}): lower optimizer.learning_rate or regularizer.beta, go on from the last checkpoint",
                 everywhere=True,
             )
         if run.budget is not None and (beta is None or penalised is not None):
