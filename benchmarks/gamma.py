@@ -8,15 +8,13 @@ sample" is the authors' way: N of them, with J (N, W) held for the product (`per
 Rounds are interleaved; the table gives medians, in brackets quartiles, and the peak of what torch allocates.
 """
 
-import random
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+from interleaved import measure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -77,25 +75,17 @@ def main(settings: Settings) -> None:
     }
     if settings.per_sample:
         kinds["one backward per sample"] = lambda: one_backward_per_sample(model, images, labels)
-    seconds: dict[str, list[float]] = {name: [] for name in kinds}
     peak = {name: peak_bytes(call) for name, call in kinds.items()}
-    for round_number in range(settings.rounds + 1):
-        for name in random.sample(list(kinds), len(kinds)):
-            start = time.perf_counter()
-            kinds[name]()
-            if round_number:  # the first is warm-up
-                seconds[name].append(time.perf_counter() - start)
+    timings = measure(kinds, settings.rounds)
 
     print(
         f"{settings.model} at {settings.image_size}x{settings.image_size}, {settings.samples} images, "
         f"threads: {settings.threads}, {settings.rounds} rounds, torch {torch.__version__}\n"
     )
-    print("| | s | x forward-backward | peak, GB |\n|---|---|---|---|")
-    for name, times in seconds.items():
-        ratios = [one / other for one, other in zip(times, seconds["forward-backward"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        ratio = f"{middle:.2f} ({low:.2f}–{high:.2f})"
-        print(f"| {name} | {statistics.median(times):.2f} | {ratio} | {peak[name] / 1e9:.2f} |")
+    print("| | s | x forward-backward | x, processor time | peak, GB |\n|---|---|---|---|---|")
+    for name, timing in timings.items():
+        ratios = f"{timing.ratio} | {timing.processor_ratio}"
+        print(f"| {name} | {timing.seconds:.2f} | {ratios} | {peak[name] / 1e9:.2f} |")
 
 
 if __name__ == "__main__":

@@ -8,16 +8,14 @@ backward and the SGD update. The table gives medians and, in brackets, the quart
 the plain gradient accumulated over the sub-batches: what a processor gains or loses by small batches alone.
 """
 
-import random
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from interleaved import measure
 from torch.nn.functional import cross_entropy
 
 from infomcr_dist import regularized_backward
@@ -67,42 +65,30 @@ def main(settings: Settings) -> None:
             (cross_entropy(model(image_part), label_part) * (size / len(images))).backward()
 
     def regularized(how: dict[str, Any]) -> None:
-        settings_of_call: dict[str, Any] = {
-            "alpha": 1e-4,
-            "beta": 10.0,
-            "sub_batch_size": settings.sub_batch_size,
-            **how,
-        }
-        regularized_backward(model, cross_entropy, images, labels, **settings_of_call)
+        common: dict[str, Any] = {"alpha": 1e-4, "beta": 10.0, "sub_batch_size": settings.sub_batch_size}
+        regularized_backward(model, cross_entropy, images, labels, **common, **how)
 
-    backward: dict[str, Callable[[], None]] = {
-        "plain": partial(plain, settings.batch_size),
-        "plain, split": partial(plain, settings.sub_batch_size),
-        **{
-            name: partial(regularized, how)
-            for name, how in ways(settings.batch_size // settings.sub_batch_size).items()
-        },
+    def step(backward: Callable[[], None]) -> None:
+        optimizer.zero_grad()
+        backward()
+        optimizer.step()
+
+    calls: dict[str, Callable[[], object]] = {
+        "plain": partial(step, partial(plain, settings.batch_size)),
+        "plain, split": partial(step, partial(plain, settings.sub_batch_size)),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in backward}
-    for round_number in range(settings.rounds + 1):
-        for name in random.sample(list(backward), len(backward)):
-            start = time.perf_counter()
-            optimizer.zero_grad()
-            backward[name]()
-            optimizer.step()
-            if round_number:  # the first is warm-up
-                seconds[name].append(time.perf_counter() - start)
+    for name, how in ways(settings.batch_size // settings.sub_batch_size).items():
+        calls[name] = partial(step, partial(regularized, how))
+    timings = measure(calls, settings.rounds)
 
     print(
         f"{settings.model} at {settings.image_size}x{settings.image_size}, {settings.batch_size} images, "
         f"sub-batches of {settings.sub_batch_size}, threads: {settings.threads}, {settings.rounds} rounds, "
         f"torch {torch.__version__}\n"
     )
-    print("| step | ms | x plain |\n|---|---|---|")
-    for name, times in seconds.items():
-        ratios = [one / plain for one, plain in zip(times, seconds["plain"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"| {name} | {1000 * statistics.median(times):.0f} | {middle:.2f} ({low:.2f}–{high:.2f}) |")
+    print("| step | ms | x plain | x plain, processor time |\n|---|---|---|---|")
+    for name, timing in timings.items():
+        print(f"| {name} | {1000 * timing.seconds:.0f} | {timing.ratio} | {timing.processor_ratio} |")
 
 
 if __name__ == "__main__":
