@@ -6,8 +6,8 @@
 Shards are made of imagenet-sample-250.tar, resized to 128 x 128 (repeated to 3 000 images) and as they are (1 000).
 Every loader is a process of its own, bound to the given cores; in each round all of them take a turn, in random order,
 alone on those cores. The table gives medians over rounds and, in brackets, quartiles; CPU time counts all processes and
-threads of a loader; memory is the proportional share (PSS) of its processes; first batch is the time to it in the first
-turn, the making of a pipeline or of worker processes included.
+threads of a loader, and is the figure to trust on a machine with other work; memory is the proportional share (PSS) of
+its processes; first batch is the time to it in the first turn, the making of the pipeline or processes included.
 
 - decode only: simplejpeg on bytes in memory, nothing else. The bound of everything on a CPU.
 - decode + augment: the same with our crop, resize, flip and normalization into one buffer. The bound of "torch".
@@ -36,7 +36,7 @@ import simplejpeg
 import torch
 from PIL import Image, ImageOps
 
-from pipelines import Order, Part, augment, cli, open_dataset, open_loader
+from pipelines import Order, augment, cli, open_dataset, open_loader
 from pipelines.indexed import Renderer
 from pipelines.prepare import Options, prepare
 from pipelines.reader import Files, Workers, chunks
@@ -68,7 +68,6 @@ class Task:
     files: Path
     augmentation: str
     size: int
-    passes: int
     cores: tuple[int, ...]
 
 
@@ -92,10 +91,7 @@ def ours(backend: str, task: Task) -> _Epoch:
     order = Order(len(split), _BATCH, seed=0)
     epochs = itertools.count()
 
-    def parts() -> Iterator[Part]:
-        return itertools.chain.from_iterable(order.parts(next(epochs), 0, 1) for _ in range(task.passes))
-
-    return lambda: loader.batches(parts())
+    return lambda: loader.batches(order.parts(next(epochs), 0, 1))
 
 
 def decode_only(task: Task) -> _Epoch:
@@ -113,21 +109,20 @@ def decode_and_augment(task: Task) -> _Epoch:
     geometry = augment.draw(
         augment.augmentation(task.augmentation), 0, 0, np.arange(len(split)), index["height"], index["width"]
     )
-    one = lambda image, row, scratch: render(image, geometry[row : row + 1], scratch)  # noqa: E731
-    return partial(threaded, encoded, task, one)
+    return partial(threaded, encoded, task, lambda image, row, out: render(image, geometry[row : row + 1], out))
 
 
 def in_memory(task: Task) -> list[bytes]:
+    """The encoded images of the data set."""
     split = open_dataset(task.data).splits["train"]
-    files = Files(split, 1)
-    return [files.read(sample) for sample in range(len(split))]
+    return list(map(Files(split, 1).read, range(len(split))))
 
 
 def threaded(
     encoded: list[bytes], task: Task, one: Callable[[bytes, int, np.ndarray], object]
 ) -> Iterator[tuple[range, None]]:
     workers = Workers(len(task.cores))
-    rows = np.arange(len(encoded) * task.passes) % len(encoded)
+    rows = np.arange(len(encoded))
 
     def work(piece: slice) -> range:
         scratch = np.empty((3, task.size, task.size), np.float32)
@@ -174,7 +169,7 @@ class PillowTransform:
 
 class _ImageFiles(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
     def __init__(self, task: Task) -> None:
-        self._paths = sorted(task.files.glob("*.jpg")) * task.passes
+        self._paths = sorted(task.files.glob("*.jpg"))
         self._transform = PillowTransform(task)
 
     def __len__(self) -> int:
@@ -206,7 +201,7 @@ def webdataset_recipe(task: Task) -> _Epoch:
     """The pipeline of the webdataset library's own documentation."""
     import webdataset
 
-    urls = [str(path) for path in sorted((task.data / "train").glob("*.tar"))] * task.passes
+    urls = [str(path) for path in sorted((task.data / "train").glob("*.tar"))]
     shards = (
         webdataset.WebDataset(urls, shardshuffle=100)
         .shuffle(1000)
@@ -264,7 +259,7 @@ def dali_reader(task: Task) -> _Epoch:
     pipeline.build()
 
     def epoch() -> Iterator[tuple[torch.Tensor, None]]:
-        for _ in range(-(-len(index) * task.passes // _BATCH)):
+        for _ in range(-(-len(index) // _BATCH)):
             yield from_dlpack(pipeline.run()[0].as_tensor()), None
 
     return epoch
@@ -334,32 +329,30 @@ def measure(tasks: list[Task], rounds: int) -> dict[str, list[tuple[float, ...]]
     return answers
 
 
-def spread(values: list[float], digits: int = 0) -> str:
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return f"{middle:.{digits}f} [{low:.{digits}f} {high:.{digits}f}]"
+def spread(values: list[float]) -> str:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.0f} [{low:.0f} {high:.0f}]"
 
 
-def report(data: Path, files: Path, size: int, passes: int, settings: Settings) -> None:
-    """The tables of one data set: images a second, and the costs."""
+def report(data: Path, files: Path, size: int, settings: Settings) -> None:
+    """The tables of one data set: images a second, CPU time an image, first batch and memory."""
     names = settings.loaders or tuple(LOADERS)
+    titles = [*settings.augmentations, "first batch ms", "memory MB"]
     for count in settings.cores:
         rates: dict[str, list[str]] = {name: [] for name in names}
-        costs: dict[str, str] = {}
+        costs: dict[str, list[str]] = {name: [] for name in names}
         for augmentation in settings.augmentations:
-            tasks = [Task(name, data, files, augmentation, size, passes, tuple(range(count))) for name in names]
+            tasks = [Task(name, data, files, augmentation, size, tuple(range(count))) for name in names]
             for name, answers in measure(tasks, settings.rounds).items():
                 rates[name].append(spread([images / seconds for images, seconds, *_ in answers[1:]]))
-                cpu = spread([1e6 * spent / images for images, _, spent, *_ in answers[1:]])
-                costs[name] = f"{cpu:>18}{1000 * answers[0][3]:>16.0f}{answers[-1][4] / 1e6:>12.0f}"
-        print(
-            f"\n{data.name}, batches of {_BATCH} at {size} x {size}, {count} core{'s' if count > 1 else ''}: images/s"
-        )
-        print(f"{'':<18}" + "".join(f"{name:>22}" for name in settings.augmentations))
-        for name in names:
-            print(f"{name:<18}" + "".join(f"{rate:>22}" for rate in rates[name]))
-        print(f"{settings.augmentations[-1]:<18}{'CPU us/image':>18}{'first batch ms':>16}{'memory MB':>12}")
-        for name in names:
-            print(f"{name:<18}{costs[name]}", flush=True)
+                costs[name].append(spread([1e6 * spent / images for images, _, spent, *_ in answers[1:]]))
+                if augmentation == settings.augmentations[-1]:
+                    costs[name] += [f"{1000 * answers[0][3]:.0f}", f"{answers[-1][4] / 1e6:.0f}"]
+        for title, table in (("images/s", rates), ("CPU time an image, microseconds", costs)):
+            print(f"\n{data.name}, batches of {_BATCH} at {size} x {size}, cores: {count}: {title}")
+            print(f"{'':<18}" + "".join(f"{name:>21}" for name in titles[: len(table[names[0]])]))
+            for name in names:
+                print(f"{name:<18}" + "".join(f"{cell:>21}" for cell in table[name]), flush=True)
 
 
 def repeated(source: Path, folder: Path, times: int) -> Path:
@@ -367,23 +360,20 @@ def repeated(source: Path, folder: Path, times: int) -> Path:
     with tarfile.open(source) as archive:
         for entry in archive:
             if entry.isfile():
-                data = archive.extractfile(entry)
-                assert data is not None
-                target = folder / Path(entry.name).parent.name
-                target.mkdir(parents=True, exist_ok=True)
-                encoded = data.read()
+                data, name = archive.extractfile(entry), Path(entry.name)
+                (folder / name.parent.name).mkdir(parents=True, exist_ok=True)
+                encoded = data.read() if data else b""
                 for number in range(times):
-                    (target / f"{number}-{Path(entry.name).name}").write_bytes(encoded)
+                    (folder / name.parent.name / f"{number}-{name.name}").write_bytes(encoded)
     return folder
 
 
 def extracted(data: Path, folder: Path) -> Path:
     """The images of a data set as single files."""
-    split = open_dataset(data).splits["train"]
-    files = Files(split, 1)
     folder.mkdir()
-    for sample in range(len(split)):
-        (folder / f"{sample:06d}.jpg").write_bytes(files.read(sample))
+    split = open_dataset(data).splits["train"]
+    for sample, image in enumerate(map(Files(split, 1).read, range(len(split)))):
+        (folder / f"{sample:06d}.jpg").write_bytes(image)
     return folder
 
 
@@ -394,14 +384,14 @@ def main(arguments: list[str]) -> None:
         raise ValueError(f"source {source} is not here")
     scratch = Path(tempfile.mkdtemp(prefix="loader-benchmark-"))
     try:
-        for stored, times, size, passes in ((128, 12, 112, 1), (0, 4, 224, 1)):
+        for stored, times, size in ((128, 12, 112), (0, 4, 224)):
             if settings.stored not in (-1, stored):
                 continue
             name = f"{stored} x {stored}" if stored else "originals"
             images = repeated(source, scratch / f"source-{stored}", times)
             prepare(str(images), scratch / name, Options(size=stored, shard_size=500))
             files = extracted(scratch / name, scratch / f"files-{stored}")
-            report(scratch / name, files, size, passes, settings)
+            report(scratch / name, files, size, settings)
     finally:
         shutil.rmtree(scratch)
 

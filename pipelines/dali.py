@@ -245,6 +245,8 @@ class DaliLoader:
         side = [self._size, self._size]
         # The stored pixels count; an EXIF orientation is applied when data is prepared.
         decoding = {"device": "mixed" if gpu else "cpu", "output_type": types.RGB, "adjust_orientation": False}
+        if gpu:
+            decoding["jpeg_fancy_upsampling"] = True  # as on a CPU
         self._inputs = []
 
         def source(name: str, dtype: Any, ndim: int, **more: Any) -> Any:

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import shutil
+import signal
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -238,7 +239,7 @@ def _remove_unrecorded(folder: Path, done: list[dict[str, Any]]) -> None:
 def _convert(items: list[Item], options: Options, bar: Any) -> Iterator[Stored | str]:
     """Each item stored, or the reason it cannot be, in order; spread over processes."""
     pieces = [items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK)]
-    processes = min(options.processes or os.cpu_count() or 1, len(pieces))
+    processes = min(options.processes or len(os.sched_getaffinity(0)), len(pieces))
     if processes <= 1:
         for piece in pieces:
             for result in _convert_piece(piece, options):
@@ -246,7 +247,7 @@ def _convert(items: list[Item], options: Options, bar: Any) -> Iterator[Stored |
                 yield result
         return
     # Spawned, not forked: the caller may have threads.
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
     running: deque[Future[list[Stored | str]]] = deque()
     try:
         waiting = iter(pieces)

@@ -109,8 +109,14 @@ def open_dataset(path: str | Path) -> Dataset:
     ValueError, with the remedy, if it is missing, empty, or its parts disagree.
     """
     root = Path(path)
-    if not root.is_dir():
-        raise ValueError(f"no data set at {root}; make one with: python -m pipelines.prepare SOURCE {root}")
+    try:
+        if not root.is_dir():
+            raise FileNotFoundError
+    except OSError as error:
+        reason = f" ({error.strerror})" if error.strerror else ""
+        raise ValueError(
+            f"no data set at {root}{reason}; make one with: python -m pipelines.prepare SOURCE {root}"
+        ) from None
     try:
         manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -39,7 +39,7 @@ def verify(path: Path, processes: int = 0) -> Iterator[str]:
         for split in dataset.splits.values()
         for number, shard in enumerate(split.shards)
     ]
-    workers = min(processes or os.cpu_count() or 1, len(tasks))
+    workers = min(processes or len(os.sched_getaffinity(0)), len(tasks))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for faults in tqdm(pool.map(_faults, tasks), "verify", len(tasks), unit="shard", disable=None):
             yield from faults

@@ -78,7 +78,7 @@ def _open_split(name: str, paths: list[Path]) -> Split:
 
 
 def _build(paths: list[Path]) -> NDArray[Any]:
-    processes = min(os.cpu_count() or 1, len(paths))
+    processes = min(len(os.sched_getaffinity(0)), len(paths))
     if processes == 1:
         rows = [_index_shard(path) for path in paths]
     else:
@@ -123,7 +123,7 @@ def label_of(where: str, members: dict[str, bytes]) -> int:
             continue
         text = members[extension]
         try:
-            value = json.loads(text)
+            value = int(text) if extension == "cls" else json.loads(text)
         except ValueError:
             value = None
         if isinstance(value, dict):

@@ -234,6 +234,7 @@ def test_an_interruption_at_any_instant_can_be_continued(
 
         return call
 
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # thousands of them would take a minute
     for module, name in ((os, "fsync"), (Path, "rename"), (Path, "unlink"), (Path, "rmdir"), (shutil, "rmtree")):
         monkeypatch.setattr(module, name, dying(getattr(module, name)))
     dest = tmp_path / "data"
@@ -464,3 +465,18 @@ def test_hold_out_is_stratified(tmp_path: Path) -> None:
     make_folder(tmp_path / "two" / "test")
     with pytest.raises(ValueError, match="test_fraction is for a source without a test split"):
         prepare(str(tmp_path / "two"), tmp_path / "other", Options(test_fraction=0.1, processes=1))
+
+
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_folder(tmp_path / "source", per_class=2)
+    scandir = os.scandir
+
+    def denied(path: Any) -> Any:
+        if str(path).endswith("dog"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(ValueError, match=r"cannot list .*dog: Permission denied; make it readable"):
+        prepare(str(source), tmp_path / "data", Options(processes=1))
+    assert not list(tmp_path.glob("data*"))

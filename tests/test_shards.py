@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -106,3 +107,30 @@ def test_a_shard_replaced_under_a_reader(dataset: Dataset) -> None:
     shard.path.unlink()
     with pytest.raises(ValueError, match="No such file"):
         Files(split, 1).read(2)
+
+
+def test_open_files_are_bounded(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.reader._OPEN_FILES", 2)
+    split = dataset.splits["train"]
+    files = Files(split, threads=1)
+    opened = set()
+    for sample in [*range(27), *range(27)]:
+        files.read(sample)
+        links = [os.path.realpath(f"/proc/self/fd/{descriptor}") for descriptor in os.listdir("/proc/self/fd")]
+        now = [link for link in links if link.startswith(str(dataset.path)) and link.endswith(".tar")]
+        assert len(now) <= 2
+        opened.update(now)
+    assert opened == {str(shard.path) for shard in split.shards}
+
+
+def test_a_directory_that_may_not_be_read(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_dir", denied)
+        with pytest.raises(ValueError, match=r"no data set at .* \(Permission denied\)"):
+            open_dataset(dataset.path)
+    monkeypatch.setattr(Path, "read_text", denied)
+    with pytest.raises(ValueError, match=r"manifest\.json cannot be read .*Permission denied"):
+        open_dataset(dataset.path)

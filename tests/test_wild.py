@@ -103,7 +103,7 @@ def test_the_index_is_built_once_and_again_when_a_shard_changes(tmp_path: Path, 
     built = {path: path.stat().st_mtime_ns for path in cache.rglob("*.npy")}
     assert open_dataset(tmp_path / "data").fingerprint == fingerprint
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.npy")} == built
-    write_tar(shard, [("a.jpg", jpeg(1)), ("a.cls", b"0"), ("b.jpg", jpeg(2)), ("b.cls", b"1\n")])
+    write_tar(shard, [("a.jpg", jpeg(1)), ("a.cls", b"0"), ("b.jpg", jpeg(2)), ("b.cls", b"01\n")])
     dataset = open_dataset(tmp_path / "data")
     assert dataset.splits["train"].labels.tolist() == [0, 1]
     assert dataset.fingerprint != fingerprint
