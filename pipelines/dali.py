@@ -31,6 +31,8 @@ types: Any = nvidia.dali.types  # its members are made at import, unseen by type
 # Batches inside DALI at a time: one being decoded, one finished, so that its threads never idle between steps.
 _DEPTH = 2
 
+_Batch = tuple[torch.Tensor, torch.Tensor]
+
 
 @dataclass
 class _Read:
@@ -78,7 +80,8 @@ class DaliLoader:
         self._boxes = bool(self._augmentation.area or self._augmentation.center)
         self._resizes = self._boxes or bool((self._heights != size).any() or (self._widths != size).any())
         self._files, self._faults = Files(split, threads), Faults(split, on_error)
-        self._workers = Workers(threads)
+        # Feeding DALI takes a millisecond or two of Python a batch, so a thread of its own does it during the step.
+        self._workers, self._driver = Workers(threads), Workers(1)
         self._pipeline: Pipeline | None = None
         self._inputs: list[str] = []
         self._running: deque[_Run] = deque()
@@ -89,25 +92,42 @@ class DaliLoader:
         """Why samples were left out, by id (on_error="skip")."""
         return self._faults.skipped
 
-    def batches(self, parts: Iterable[Part]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self, parts: Iterable[Part]) -> Iterator[_Batch]:
         """(images, labels) of each part; an earlier, unfinished iteration of this loader ends by this call."""
         self._iteration += 1
-        return self._batches(iter(parts), self._iteration)
+        gpu = self._device.type == "cuda"
+        # DALI orders its use of the memory it hands over with the work on this stream.
+        stream = torch.cuda.current_stream(self._device) if gpu else None
+        return self._ahead(self._batches(iter(parts), stream), self._iteration)
 
     def close(self) -> None:
         """Ends the threads and frees the pipeline."""
         self._iteration += 1
+        self._driver.submit(self._free)
+        self._driver.close()
         self._workers.close()
+
+    def _free(self) -> None:
         self._running.clear()
         self._pipeline = None
 
-    def _batches(self, parts: Iterator[Part], iteration: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _ahead(self, batches: Iterator[_Batch], iteration: int) -> Iterator[_Batch]:
+        """The same batches, each one taken by the driving thread while the caller works with the last."""
+        upcoming = self._driver.submit(partial(next, batches, None))
+        while iteration == self._iteration:
+            batch = upcoming.result()
+            if batch is None:
+                return
+            upcoming = self._driver.submit(partial(next, batches, None))
+            yield batch
+            del batch
+        raise RuntimeError("this iteration ended when another one of the loader began, or it was closed")
+
+    def _batches(self, parts: Iterator[Part], stream: Any) -> Iterator[_Batch]:
         self._drain()
         reads: deque[_Read] = deque()
         try:
             while True:
-                if iteration != self._iteration:
-                    raise RuntimeError("this iteration ended when another one of the loader began, or it was closed")
                 while len(reads) < self._prefetch and (part := next(parts, None)) is not None:
                     reads.append(self._read(part))
                 while reads and len(self._running) < _DEPTH:
@@ -117,7 +137,7 @@ class DaliLoader:
                     self._run(reads.popleft())
                 if not self._running:
                     return
-                yield self._take()
+                yield self._take(stream)
         finally:
             for read in reads:
                 for task in read.tasks:
@@ -167,12 +187,12 @@ class DaliLoader:
             self._augmentation, self._seed, part.epoch, part.positions, heights, widths, self._color_jitter
         )
 
-    def _take(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _take(self, stream: Any) -> _Batch:
         run = self._running[0]
         if run.encoded:
             while True:
                 try:
-                    images = self._outputs()
+                    images = self._outputs(stream)
                     break
                 except RuntimeError as error:
                     self._repair(error)
@@ -181,10 +201,10 @@ class DaliLoader:
         self._running.popleft()
         return images, torch.from_numpy(self._labels[run.samples]).to(self._device)
 
-    def _outputs(self) -> torch.Tensor:
+    def _outputs(self, stream: Any) -> torch.Tensor:
         assert self._pipeline is not None
         # DALI's default executor hands over the memory: it is not written to again while a tensor refers to it.
-        return from_dlpack(self._pipeline.outputs()[0].as_tensor())
+        return from_dlpack(self._pipeline.outputs(stream)[0].as_tensor())
 
     def _repair(self, error: RuntimeError) -> None:
         """Puts substitutes for what cannot be decoded in the batches under way, and starts them again.

@@ -9,11 +9,12 @@ import os
 import queue
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from itertools import pairwise
-from typing import Literal, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -22,6 +23,8 @@ from .shards import Split, check_shard
 
 T = TypeVar("T")
 OnError = Literal["stop", "skip"]
+
+_Tasks: TypeAlias = "queue.SimpleQueue[Callable[[], None] | None]"
 
 _HEADER_BYTES = 512
 _STALL_SECONDS = 60
@@ -36,10 +39,12 @@ class Workers:
     """A few daemon threads. Unlike an executor's they never keep a process from ending while a read hangs."""
 
     def __init__(self, threads: int) -> None:
-        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
-        for thread in self._threads:
+        self._tasks: _Tasks = queue.SimpleQueue()
+        running = [threading.Thread(target=_work, args=(self._tasks,), daemon=True) for _ in range(threads)]
+        for thread in running:
             thread.start()
+        # Also when the process ends: a daemon thread caught inside a library then can bring the process down.
+        self._end = weakref.finalize(self, _end, self._tasks, running)
 
     def submit(self, function: Callable[[], T]) -> "Future[T]":
         future: Future[T] = Future()
@@ -56,14 +61,22 @@ class Workers:
         return future
 
     def close(self) -> None:
-        """Lets the threads end once the tasks before are done; does not wait."""
-        for _ in self._threads:
-            self._tasks.put(None)
+        """Ends the threads once the tasks before are done; waits for them a second each, no longer."""
+        self._end()
 
-    def _work(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            task()
-            del task  # it holds its result, and so a batch, until the next one comes
+
+def _work(tasks: _Tasks) -> None:
+    while (task := tasks.get()) is not None:
+        task()
+        del task  # it holds its result, and so a batch, until the next one comes
+
+
+def _end(tasks: _Tasks, threads: list[threading.Thread]) -> None:
+    for _ in threads:
+        tasks.put(None)
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join(timeout=1)
 
 
 class Files:
