@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, read without running code.
 
-A checkpoint is a dictionary of tensors and plain values in one file, ``checkpoints/epoch-0007.pt`` of a run directory:
-the state after 7 epochs.
+A checkpoint is a dictionary of tensors and plain values in one file of a run directory: ``step-00000938.pt`` below
+``checkpoints`` is the state after 938 steps.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def write_atomically(path: Path, write: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save(directory: Path, epochs: int, state: State, keep: int) -> Path:
-    """Write the state after so many epochs and remove all but the newest ``keep`` checkpoints."""
-    path = directory / f"epoch-{epochs:04d}.pt"
+def save(directory: Path, step: int, state: State, keep: int) -> Path:
+    """Write the state after so many steps and remove all but the newest ``keep`` checkpoints."""
+    path = directory / f"step-{step:08d}.pt"
     write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
     for old in _newest_first(directory)[keep:]:
         old.unlink()
@@ -58,7 +58,7 @@ def find(place: Path) -> Path:
         return place
     found = _newest_first(place / "checkpoints")
     if not found:
-        raise ValueError(f"resume: there is no checkpoint at {place}: give a run directory or an epoch-NNNN.pt file")
+        raise ValueError(f"resume: there is no checkpoint at {place}: give a run directory or an step-NNNNNNNN.pt file")
     return found[0]
 
 
@@ -85,4 +85,4 @@ def restore_weights(model: nn.Module, state: State, path: Path) -> None:
 
 
 def _newest_first(directory: Path) -> list[Path]:
-    return sorted(directory.glob("epoch-*.pt"), reverse=True)
+    return sorted(directory.glob("step-*.pt"), reverse=True)

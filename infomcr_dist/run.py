@@ -48,7 +48,9 @@ class Run:
     learning_rate: LearningRate
     penalty_weight: PenaltyWeight
     budget: Budget | None
-    first_epoch: int
+    first_step: int
+    epoch_loss: tuple[float, float]
+    """Summed loss and images of this worker in the epoch that a resumed run begins within"""
     telemetry: Telemetry
     training_images: Loader
     """The training split, augmented, for the steps"""
@@ -91,12 +93,20 @@ class Run:
         }
 
 
-def save(run: Run, epochs: int) -> None:
-    """Write the state after so many epochs; rank 0 writes, a failure ends every worker."""
+def save(run: Run, step: int, epoch_loss: tuple[float, float] = (0.0, 0.0)) -> None:
+    """Write the state after so many steps; rank 0 writes, a failure ends every worker.
+
+    ``epoch_loss``: this worker's summed loss and images of an epoch that is not over. What differs between workers
+    within an epoch, that and BatchNorm's running statistics, is kept for each.
+    """
+    within = step % run.order.steps != 0
+    by_rank = run.world.gather((epoch_loss, {k: b.cpu() for k, b in run.model.named_buffers()}) if within else None)
     with run.world.together():
         if run.world.rank == 0:
             state = {
-                "epochs": epochs,
+                "step": step,
+                "epochs": step / run.order.steps,
+                "by_rank": by_rank if within else [],
                 "model": run.model.state_dict(),
                 "optimizer": run.optimizer.state_dict(),
                 "learning_rate": run.learning_rate.state_dict(),
@@ -107,7 +117,7 @@ def save(run: Run, epochs: int) -> None:
                 "classes": run.dataset.classes,
                 "image_size": run.image_size,
             }
-            checkpoint.save(run.directory / "checkpoints", epochs, state, run.config.checkpoint.keep)
+            checkpoint.save(run.directory / "checkpoints", step, state, run.config.checkpoint.keep)
 
 
 def prepare_run(config: Config, recipe: Path, world: Solo) -> Run:
@@ -158,7 +168,7 @@ def prepare_run(config: Config, recipe: Path, world: Solo) -> Run:
         if world.rank == 0:
             directory, state = _directory_and_state(config, recipe, _settings(config, dataset, order))
     directory, state = world.broadcast((directory, state))
-    first_epoch = 0 if state is None else state["epochs"]
+    first_step = 0 if state is None else state["step"]
 
     scale = order.global_batch / (config.optimizer.reference_batch_size or order.global_batch)
     learning_rate = LearningRate(config.schedule, config.optimizer.learning_rate * scale, config.epochs, order.steps)
@@ -175,12 +185,13 @@ def prepare_run(config: Config, recipe: Path, world: Solo) -> Run:
         penalty_weight.load_state_dict(state["penalty_weight"])
         if budget is not None:
             budget.load_state_dict(state["budget"])
+    epoch_loss = _restore_by_rank(model, state["by_rank"], world) if state is not None else (0.0, 0.0)
 
     with world.together():
         if world.rank == 0:
             (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
             checkpoint.write_atomically(directory / "config.yaml", lambda file: file.write(to_yaml(config).encode()))
-            telemetry.begin(directory / "records.jsonl", order.steps * config.epochs, order.steps * first_epoch)
+            telemetry.begin(directory / "records.jsonl", order.steps * config.epochs, first_step)
     return Run(
         config=config,
         world=world,
@@ -195,12 +206,30 @@ def prepare_run(config: Config, recipe: Path, world: Solo) -> Run:
         learning_rate=learning_rate,
         penalty_weight=penalty_weight,
         budget=budget,
-        first_epoch=first_epoch,
+        first_step=first_step,
+        epoch_loss=epoch_loss,
         telemetry=telemetry,
         training_images=training_images,
         train_images=train_images,
         test_images=test_images,
     )
+
+
+def _restore_by_rank(model: nn.Module, by_rank: list[Any], world: Solo) -> tuple[float, float]:
+    """Give every worker what was its own within an epoch; at another number of workers, the mean and the sum."""
+    epoch_loss = (0.0, 0.0)
+    if not by_rank:
+        return epoch_loss
+    if len(by_rank) == world.size:
+        epoch_loss, buffers = by_rank[world.rank]
+    else:
+        names = by_rank[0][1].keys()
+        buffers = {k: torch.stack([b[k].double() for _, b in by_rank]).mean(0) for k in names}
+        if world.rank == 0:
+            epoch_loss = (sum(loss[0] for loss, _ in by_rank), sum(loss[1] for loss, _ in by_rank))
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    return epoch_loss
 
 
 def select_splits(config: Config, dataset: Dataset) -> dict[str, Split]:
@@ -327,7 +356,7 @@ def _directory_and_state(
         raise ValueError(f"resume: {path} was trained with other settings: {', '.join(different)}")
     if state["epochs"] >= config.epochs:
         raise ValueError(
-            f"resume: {path} has all of its {state['epochs']} epochs behind it, got epochs={config.epochs}: "
+            f"resume: {path} has all of its {state['epochs']:g} epochs behind it, got epochs={config.epochs}: "
             "give a larger number to train on"
         )
     return directory or path.parent.parent, state

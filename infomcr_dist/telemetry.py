@@ -62,6 +62,7 @@ class Telemetry:
         self._server = None
         self._file: IO[str] | None = None
         self._bar: Any = None
+        self._step = 0
         if settings.port is None:
             return
         port = settings.port + local_rank
@@ -80,6 +81,7 @@ class Telemetry:
         if not self._leads:
             return
         _drop_records_after(records, done_steps)
+        self._step = done_steps
         self._file = open(records, "a", encoding="utf-8", buffering=1 << 16)  # noqa: SIM115
         self._bar = tqdm(
             total=total_steps,
@@ -94,6 +96,7 @@ class Telemetry:
         """Record one update; ``global_samples`` are the images all ranks together took."""
         self._metrics.step(record)
         if self._file is not None:
+            self._step = record.step
             self._write("step", asdict(record))
             penalty = "" if record.penalty is None else f", penalty {record.penalty:.2e}"
             rate = global_samples / record.step_duration_seconds
@@ -106,7 +109,7 @@ class Telemetry:
         """Record anything else (``epoch``, ``metric`` …); values that are named like a metric reach Prometheus."""
         self._metrics.event(values)
         if self._file is not None:
-            self._write(kind, values)
+            self._write(kind, {"step": self._step, **values})
             self._file.flush()
 
     def say(self, text: str) -> None:

@@ -3,8 +3,9 @@
     python -m infomcr_dist.train [RECIPE.yaml] [key=value …]
     horovodrun -np 8 python -m infomcr_dist.train [RECIPE.yaml] [key=value …]
 
-Without a recipe it trains launch/recipes/demo.yaml on Fashion-MNIST. Exit code 0: trained; 2: a mistake in the settings
-or the data, named in one line; 1: anything else.
+Without a recipe it trains launch/recipes/demo.yaml on Fashion-MNIST. SIGTERM or SIGINT to any worker ends all of them
+after the step they are in, with that step saved. Exit code 0: trained; 75: stopped, go on with resume=auto; 2: a
+mistake in the settings or the data, named in one line; 1: anything else.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from infomcr_dist.regularizer import Losses, health, regularized_backward
 from infomcr_dist.run import Run, prepare_run, save
 from infomcr_dist.schedules import TimeShare
 from infomcr_dist.telemetry import StepRecord
-from infomcr_dist.world import Solo, UserError, connect, report_and_leave
+from infomcr_dist.world import Solo, Stopped, StopRequest, UserError, connect, report_and_leave
 
 DEMO = Path(__file__).parent.parent / "launch" / "recipes" / "demo.yaml"
 Durations = dict[str, "array[float]"]
@@ -55,9 +56,10 @@ def train_step(
     ``batch``: images (B, 3, H, W) float32, labels (B,) int64, of this worker; ``weight``: this worker's share of the
     global batch times the number of workers, so that the mean over workers is the mean over images. Returns the losses,
     the 2-norm of the averaged gradient and the seconds spent waiting for the allreduce. Where that norm is not finite
-    the update is left out: the average is the same on every worker, so all leave it out.
+    the update is left out, BatchNorm's running statistics too: the average is the same on every worker, so all do so.
     """
     images, labels = batch
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     optimizer.zero_grad()
     losses = Losses(torch.zeros(()), torch.zeros(()))
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
@@ -76,10 +78,13 @@ def train_step(
         if clip_gradient_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, clip_gradient_norm, norm)
         world.update(optimizer)
+    else:
+        for buffer, before_step in buffers:
+            buffer.copy_(before_step)
     return losses, norm.item(), waited
 
 
-def train(run: Run) -> None:
+def train(run: Run, stop: StopRequest) -> None:
     """Run the epochs that are left: steps, evaluation, metric, checkpoint; then the final table."""
     config, world, telemetry = run.config, run.world, run.telemetry
     criterion = nn.CrossEntropyLoss(label_smoothing=config.optimizer.label_smoothing)
@@ -122,9 +127,9 @@ def train(run: Run) -> None:
         return result
 
     test = train = metric = None
-    for epoch in range(run.first_epoch, config.epochs):
+    for epoch in range(run.first_step // run.order.steps, config.epochs):
         last = epoch + 1 == config.epochs
-        training_loss = train_epoch(run, epoch, criterion, durations)
+        training_loss = train_epoch(run, epoch, criterion, durations, stop)
         run.learning_rate.end_epoch(epoch, training_loss)
         world.average_buffers(run.model)
         test = errors("test") if last or _due(epoch, config.evaluation.every_epochs) else None
@@ -133,7 +138,7 @@ def train(run: Run) -> None:
         telemetry.event("epoch", epoch=epoch + 1, epochs_completed=epoch + 1, training_loss=training_loss)
         telemetry.say(_epoch_line(epoch + 1, config.epochs, training_loss, test, train, metric, metric_time))
         if last or _due(epoch, config.checkpoint.every_epochs):
-            save(run, epoch + 1)
+            save(run, (epoch + 1) * run.order.steps)
     assert test is not None
     assert train is not None
     plain, regularized = _medians(durations)
@@ -141,15 +146,20 @@ def train(run: Run) -> None:
     telemetry.say(_summary(run, test, train, metric.gamma_hat if metric else None, durations))
 
 
-def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations) -> float:
-    """Every global batch of an epoch once; returns the mean training loss over all workers' images."""
+def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations, stop: StopRequest) -> float:
+    """Every global batch of an epoch once; returns the mean training loss over all workers' images.
+
+    Raises `Stopped` on every worker, after the same step and with that step saved, when any was asked to stop.
+    """
     config, world, telemetry = run.config, run.world, run.telemetry
-    total_loss = images_seen = 0.0
+    start = max(0, run.first_step - epoch * run.order.steps)
+    total_loss, images_seen = run.epoch_loss if start else (0.0, 0.0)
     run.model.train()
-    batches = run.training_images.batches(run.order.parts(epoch, world.rank, world.size))
+    batches = run.training_images.batches(run.order.parts(epoch, world.rank, world.size, start))
     skipped, nonfinite = len(run.training_images.skipped), 0
     began = time.perf_counter()
-    for part in run.order.parts(epoch, world.rank, world.size):
+    for part in run.order.parts(epoch, world.rank, world.size, start):
+        stopping = world.any_later(stop.wanted)
         before = time.perf_counter()
         try:
             batch = next(batches)
@@ -163,7 +173,7 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
         was_on = run.penalty_weight.on_since is not None
         beta = run.penalty_weight.at(progress, rate)
         if beta is not None and not was_on:
-            _announce_regularizer(run, step + 1, epoch + 1, rate)
+            _announce_regularizer(run, epoch + 1, rate)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
         # Random masks and drawn sub-batches depend on the step alone, so that a resumed run draws the same.
@@ -214,6 +224,9 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
                 f"rate {rate:g}): lower optimizer.learning_rate or regularizer.beta, go on from the last checkpoint",
                 everywhere=True,
             )
+        if stopping():
+            save(run, step + 1, (total_loss, images_seen))
+            raise Stopped(f"saved after step {step + 1}; go on with run_dir={run.directory} resume=auto")
         if run.budget is not None and (beta is None or penalised is not None):
             run.budget.observe(penalised, record.step_duration_seconds)
             if beta is not None and step % WINDOW == 0:
@@ -238,7 +251,8 @@ def main(arguments: list[str]) -> int:
             config = load_config(Config, recipe, [a for a in arguments if "=" in a])
         run = prepare_run(config, recipe, world)
         try:
-            train(run)
+            with StopRequest() as stop:
+                train(run, stop)
         finally:
             run.close()
     except world.ends as error:
@@ -248,9 +262,9 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _announce_regularizer(run: Run, step: int, epoch: int, rate: float) -> None:
+def _announce_regularizer(run: Run, epoch: int, rate: float) -> None:
     s, size, world = run.config.regularizer, run.sub_batch_size, run.world
-    run.telemetry.event("regularizer_on", step=step, epoch=epoch, learning_rate=rate)
+    run.telemetry.event("regularizer_on", epoch=epoch, learning_rate=rate)
     run.telemetry.say(
         f"regularizer on in epoch {epoch}, at rate {rate:.3g}: {s.way}, α {s.alpha:g}, β {s.beta:g}, "
         f"{run.order.global_batch // world.size // (size or 1)} sub-batches of {size} images a worker"

@@ -7,9 +7,11 @@ that imports horovod, so a single process needs none.
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -29,6 +31,10 @@ class UserError(Exception):
         self.everywhere = everywhere
 
 
+class Stopped(Exception):
+    """Every worker was asked to stop, and has: the state is saved."""
+
+
 class Solo:
     """A world of one process; every collective is the identity."""
 
@@ -36,7 +42,7 @@ class Solo:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    ends: tuple[type[Exception], ...] = (UserError,)
+    ends: tuple[type[Exception], ...] = (UserError, Stopped)
     """What a command ends for with one line: a user's mistake, or a collective that misses a worker."""
 
     def __init__(self) -> None:
@@ -67,6 +73,10 @@ class Solo:
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sums over the workers, in float64, added up in the order of ranks."""
         return [float(sum(column)) for column in zip(*self.gather(list(values)), strict=True)]
+
+    def any_later(self, flag: bool) -> Callable[[], bool]:
+        """Begin to ask whether the flag is set on any worker; calling the result waits for the answer."""
+        return lambda: flag
 
     def average_buffers(self, model: nn.Module) -> None:
         """Replace floating-point buffers (BatchNorm's running statistics) by their mean over the workers."""
@@ -106,7 +116,7 @@ class Horovod(Solo):
         self._hvd = hvd
         self.rank, self.size = hvd.rank(), hvd.size()
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
-        self.ends = (UserError, HorovodInternalError)
+        self.ends = (UserError, Stopped, HorovodInternalError)
         super().__init__()
 
     def distribute(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
@@ -131,6 +141,10 @@ class Horovod(Solo):
         values: list[Any] = self._hvd.allgather_object(value, name="gather")
         return values
 
+    def any_later(self, flag: bool) -> Callable[[], bool]:
+        handle = self._hvd.allreduce_async(torch.tensor(float(flag)), name="any", op=self._hvd.Sum)
+        return lambda: bool(self._hvd.synchronize(handle) > 0)
+
     def average_buffers(self, model: nn.Module) -> None:
         buffers = {name: b for name, b in model.named_buffers() if b.is_floating_point()}
         if buffers and self.size > 1:
@@ -145,6 +159,28 @@ class Horovod(Solo):
         self._hvd.shutdown()
 
 
+class StopRequest:
+    """Within its context SIGTERM, and a first SIGINT, are a wish to stop; a second SIGINT ends the process at once."""
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.wanted = False
+
+    def __enter__(self) -> StopRequest:
+        self._before = [signal.signal(number, self._want) for number in self._SIGNALS]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in zip(self._SIGNALS, self._before, strict=True):
+            signal.signal(number, handler)
+
+    def _want(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and self.wanted:
+            os._exit(130)
+        self.wanted = True
+
+
 def connect() -> Solo:
     """`Horovod` if a launcher started this process, else `Solo`; the device is this process's GPU, or the CPU."""
     return Horovod() if any(name in os.environ for name in _LAUNCHED_BY) else Solo()
@@ -153,8 +189,13 @@ def connect() -> Solo:
 def report_and_leave(world: Solo, error: Exception) -> int:
     """Tell, in one line, why a command ends, once over all workers; returns its exit code.
 
-    2 for a `UserError`, 1 where another worker is gone.
+    2 for a `UserError`, 75 for `Stopped` (try again later, in sysexits.h), 1 where another worker is gone.
     """
+    if isinstance(error, Stopped):
+        if world.rank == 0:
+            print(f"\nstopped: {error}", file=sys.stderr, flush=True)
+        world.barrier()
+        return 75
     if isinstance(error, UserError) and error.everywhere:
         if world.rank == 0:
             print(f"\nerror: {error}", file=sys.stderr, flush=True)

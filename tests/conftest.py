@@ -15,14 +15,19 @@ SHARED = ROOT.parent / "shared" / "data"
 WORKERS = ROOT / "tests" / "workers"
 
 
-def horovodrun(workers: int, *command: str, cwd: Path, timeout: int = 240) -> subprocess.CompletedProcess[str]:
-    """Run a command on so many workers of this machine, as a user would."""
+def start_horovodrun(workers: int, *command: str, cwd: Path) -> subprocess.Popen[str]:
+    """Start a command on so many workers of this machine, as a user would."""
     launcher = Path(sys.executable).with_name("horovodrun")
     environment = os.environ | {"PATH": f"{launcher.parent}:{os.environ['PATH']}"}
-    with subprocess.Popen(
+    return subprocess.Popen(
         [str(launcher), "-np", str(workers), *command],
         cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    ) as process:  # fmt: skip
+    )  # fmt: skip
+
+
+def horovodrun(workers: int, *command: str, cwd: Path, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+    """Run it to its end; the test fails if there is none in time."""
+    with start_horovodrun(workers, *command, cwd=cwd) as process:
         try:
             output, errors = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:

@@ -14,7 +14,7 @@ from infomcr_dist import checkpoint
 def test_round_trip_and_retention(tmp_path: Path) -> None:
     for epochs in range(1, 5):
         checkpoint.save(tmp_path, epochs, {"epochs": epochs, "weights": torch.full((3,), float(epochs))}, keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch-0003.pt", "epoch-0004.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003.pt", "step-00000004.pt"]
     (tmp_path / "checkpoints").mkdir()
     for path in tmp_path.glob("*.pt"):
         path.rename(tmp_path / "checkpoints" / path.name)
@@ -34,9 +34,9 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, function, full)
-    with pytest.raises(OSError, match=r"epoch-0001.pt could not be written: .*No space left"):
+    with pytest.raises(OSError, match=r"step-00000001.pt could not be written: .*No space left"):
         checkpoint.save(tmp_path, 1, {"epochs": 1, "more": torch.zeros(100)}, keep=1)
-    assert [p.name for p in tmp_path.iterdir()] == ["epoch-0001.pt"]
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001.pt"]
     assert path.read_bytes() == before
 
 
@@ -51,14 +51,14 @@ def test_a_full_device_is_an_error_that_names_the_file(tmp_path: Path) -> None:
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "epoch-0001.pt"
+    path = tmp_path / "step-00000001.pt"
     for content in (b"", b"not a checkpoint", pickle.dumps(Path)):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"epoch-0001.pt is not a (readable )?checkpoint"):
+        with pytest.raises(ValueError, match=r"step-00000001.pt is not a (readable )?checkpoint"):
             checkpoint.load(path)
     whole = checkpoint.save(tmp_path, 2, {"weights": torch.zeros(1000)}, keep=9).read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"epoch-0001.pt is not a readable checkpoint"):
+    with pytest.raises(ValueError, match=r"step-00000001.pt is not a readable checkpoint"):
         checkpoint.load(path)
     torch.save({"format": 99}, path)
     with pytest.raises(ValueError, match="is not a checkpoint of this project"):

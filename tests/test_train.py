@@ -2,13 +2,16 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +19,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORKERS, horovodrun
+from conftest import WORKERS, horovodrun, start_horovodrun
+from torch import nn
 
 from infomcr_dist import checkpoint
 from infomcr_dist.config import Config, load_config
 from infomcr_dist.run import _plan, select_splits
-from infomcr_dist.train import main
+from infomcr_dist.train import main, train_step
+from infomcr_dist.world import Solo
 from pipelines import open_dataset
 
 RECIPE = """
@@ -60,6 +65,12 @@ def free_port() -> int:
                 continue
             return port
     raise AssertionError("no free port")
+
+
+def history(run: Path) -> list[tuple[Any, ...]]:
+    """What the records say, without times."""
+    kinds = {"step": ("loss", "penalty", "gradient_norm"), "evaluation": ("split", "loss"), "epoch": ("training_loss",)}
+    return [(kind, r["step"], *(r[f] for f in fields)) for kind, fields in kinds.items() for r in records(run, kind)]
 
 
 class Scraper(threading.Thread):
@@ -187,7 +198,7 @@ def test_promtool_finds_nothing_to_say(job: dict[str, Any], promtool: Path) -> N
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(job: dict[str, Any], folder: Path) -> None:
     shutil.copytree(job["run"], folder / "second")
-    for late in ("epoch-0003.pt", "epoch-0004.pt"):
+    for late in ("step-00000015.pt", "step-00000020.pt"):
         (folder / "second" / "checkpoints" / late).unlink()
     command = [sys.executable, "-m", "infomcr_dist.train", "recipe.yaml", "run_dir=second", "resume=auto"]
     result = horovodrun(2, *command, "telemetry.port=null", cwd=folder)
@@ -196,8 +207,53 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(job: dict[str, Any], 
     assert whole.keys() == resumed.keys()
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name]), name
-    losses = [[(s["step"], s["loss"], s["penalty"]) for s in records(folder / r, "step")] for r in ("first", "second")]
-    assert losses[0] == losses[1], "each step stands once in the records"
+    assert history(folder / "first") == history(folder / "second"), "each step and event stands once in the records"
+
+
+@pytest.mark.parametrize("asked", ["launcher", "one worker"])
+def test_a_stopped_run_goes_on_bitwise_from_the_step_it_stopped_at(folder: Path, asked: str) -> None:
+    """SIGTERM at some step; then the same number of workers, and the weights of a run that was never stopped."""
+    names = {"whole": folder / "whole", "stopped": folder / f"stopped-{asked.split()[0]}"}
+    settings = [
+        "telemetry.port=null",
+        "epochs=30",
+        "schedule.milestones=[4]",
+        "metric.trials=0",
+        "evaluation.every_epochs=0",
+    ]
+    command = [sys.executable, "-m", "infomcr_dist.train", "recipe.yaml", *settings]
+    if not names["whole"].exists():
+        assert horovodrun(2, *command, f"run_dir={names['whole']}", cwd=folder).returncode == 0
+    run = names["stopped"]
+    job = start_horovodrun(2, *command, f"run_dir={run}", "resume=auto", cwd=folder)
+    while not list(run.glob("checkpoints/step-*[05].pt")) and job.poll() is None:
+        time.sleep(0.02)
+    if asked == "launcher":
+        job.terminate()
+    else:
+        mine = [int(p) for p in os.listdir("/proc") if p.isdigit() and str(run) in command_line(int(p))]
+        workers = [p for p in mine if "infomcr_dist.train" in command_line(p) and "horovodrun" not in command_line(p)]
+        os.kill(max(workers), signal.SIGTERM)
+    output, errors = job.communicate(timeout=60)
+    assert job.returncode != 0
+    told = re.search(r"stopped: saved after step (\d+)", output + errors)
+    assert told, output + errors
+    step = int(told[1])
+    assert checkpoint.find(run).name == f"step-{step:08d}.pt"
+    assert step < 30 * STEPS
+    result = horovodrun(2, *command, f"run_dir={run}", "resume=auto", cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    whole, resumed = weights(names["whole"]), weights(run)
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+    assert history(names["whole"]) == history(run)
+
+
+def command_line(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
 
 
 def test_one_two_and_three_workers_take_the_same_steps(folder: Path) -> None:
@@ -369,7 +425,7 @@ def test_no_room_for_a_checkpoint(
     monkeypatch.setattr(torch, "save", save)
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
     assert len(lines) == 1
-    assert re.match(r"error: run/checkpoints/epoch-0001.pt could not be written: .*No space left", lines[0])
+    assert re.match(r"error: run/checkpoints/step-00000005.pt could not be written: .*No space left", lines[0])
     assert list((here / "run" / "checkpoints").iterdir()) == []
 
 
@@ -382,6 +438,22 @@ def test_steps_that_are_not_finite_are_left_out_and_end_the_run(here: Path, caps
     steps = records(here / "run", "step")
     assert [s["gradient_norm"] is None for s in steps[-4:]] == [True] * 4
     assert steps[-5]["gradient_norm"] is not None
+
+
+def test_a_step_that_is_not_finite_changes_nothing() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    images, labels = torch.randn(8, 3, 6, 6), torch.randint(3, (8,))
+    images[0, 0, 0, 0] = math.inf
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    penalty = {"alpha": 1e-4, "beta": 1.0, "sub_batch_size": 4}
+    for settings in (None, penalty):
+        _, norm, _ = train_step(
+            model, nn.CrossEntropyLoss(), optimizer, Solo(), (images, labels), weight=1.0, penalty=settings
+        )
+        assert not math.isfinite(norm)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, before[name]), name
 
 
 def test_more_workers_than_images(small_data: Path) -> None:
