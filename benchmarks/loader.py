@@ -3,7 +3,8 @@
     python benchmarks/loader.py
     python benchmarks/loader.py stored=128 cores=[1] augmentations=[random_resized_crop] rounds=9
 
-Shards are made of imagenet-sample-250.tar, resized to 128 x 128 (repeated to 3 000 images) and as they are (1 000).
+Shards are made of imagenet-sample-250.tar, resized to 128 x 128 (repeated to 3 000 images; trained on at 128 x 128,
+random_resized_crop at 112 x 112) and as they are (1 000 images; trained on at 224 x 224).
 Every loader is a process of its own, bound to the given cores; in each round all of them take a turn, in random order,
 alone on those cores. The table gives medians over rounds and, in brackets, quartiles; CPU time counts all processes and
 threads of a loader, and is the figure to trust on a machine with other work; memory is the proportional share (PSS) of
@@ -42,6 +43,7 @@ from pipelines.prepare import Options, prepare
 from pipelines.reader import Files, Workers, chunks
 
 _BATCH = 128
+_STORED_SIZES = {"none": 128, "random_resized_crop": 112}  # sides trained on, of images stored at 128 x 128
 _Epoch = Callable[[], Iterable[Any]]  # yields batches, whose images come first
 
 
@@ -74,10 +76,9 @@ class Task:
 def ours(backend: str, task: Task) -> _Epoch:
     """A backend of `pipelines`."""
     dataset = open_dataset(task.data)
-    split = dataset.splits["train"]
     alone = {"rank": 0, "world_size": 1} if backend == "webdataset" else {}
     loader = open_loader(
-        split,
+        dataset.splits["train"],
         backend=backend,  # type: ignore[arg-type]
         augmentation=task.augmentation,
         size=task.size,
@@ -88,7 +89,7 @@ def ours(backend: str, task: Task) -> _Epoch:
         threads=len(task.cores),
         **alone,  # type: ignore[arg-type]
     )
-    order = Order(len(split), _BATCH, seed=0)
+    order = Order(len(dataset.splits["train"]), _BATCH, seed=0)
     epochs = itertools.count()
 
     return lambda: loader.batches(order.parts(next(epochs), 0, 1))
@@ -152,8 +153,6 @@ class PillowTransform:
                 width, height = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
                 if 0 < width <= image.width and 0 < height <= image.height:
                     break
-            else:
-                width = height = min(image.size)
             x, y = random.randint(0, image.width - width), random.randint(0, image.height - height)
             image = image.resize((size, size), Image.Resampling.BILINEAR, box=(x, y, x + width, y + height))
         elif image.size != (size, size):
@@ -244,8 +243,7 @@ def dali_reader(task: Task) -> _Epoch:
         if chosen.area or not same:
             images = fn.resize(images, size=side, interp_type=types.INTERP_LINEAR)
         if chosen.pad:
-            shift = fn.random.uniform(range=[-chosen.pad, chosen.pad + 1], shape=[2])
-            shift = fn.cast(shift, dtype=types.INT32)
+            shift = fn.cast(fn.random.uniform(range=[-chosen.pad, chosen.pad + 1], shape=[2]), dtype=types.INT32)
             images = fn.slice(images, start=shift, shape=side, axes=[0, 1], out_of_bounds_policy="pad", fill_values=0)
         images = fn.crop_mirror_normalize(
             images,
@@ -334,14 +332,15 @@ def spread(values: list[float]) -> str:
     return f"{middle:.0f} [{low:.0f} {high:.0f}]"
 
 
-def report(data: Path, files: Path, size: int, settings: Settings) -> None:
-    """The tables of one data set: images a second, CPU time an image, first batch and memory."""
+def report(data: Path, files: Path, sizes: dict[str, int], settings: Settings) -> None:
+    """The tables of one data set; sizes: side trained on by augmentation."""
     names = settings.loaders or tuple(LOADERS)
     titles = [*settings.augmentations, "first batch ms", "memory MB"]
     for count in settings.cores:
         rates: dict[str, list[str]] = {name: [] for name in names}
         costs: dict[str, list[str]] = {name: [] for name in names}
         for augmentation in settings.augmentations:
+            size = sizes.get(augmentation, sizes["none"])
             tasks = [Task(name, data, files, augmentation, size, tuple(range(count))) for name in names]
             for name, answers in measure(tasks, settings.rounds).items():
                 rates[name].append(spread([images / seconds for images, seconds, *_ in answers[1:]]))
@@ -349,7 +348,7 @@ def report(data: Path, files: Path, size: int, settings: Settings) -> None:
                 if augmentation == settings.augmentations[-1]:
                     costs[name] += [f"{1000 * answers[0][3]:.0f}", f"{answers[-1][4] / 1e6:.0f}"]
         for title, table in (("images/s", rates), ("CPU time an image, microseconds", costs)):
-            print(f"\n{data.name}, batches of {_BATCH} at {size} x {size}, cores: {count}: {title}")
+            print(f"\n{data.name}, batches of {_BATCH}, cores: {count}: {title}")
             print(f"{'':<18}" + "".join(f"{name:>21}" for name in titles[: len(table[names[0]])]))
             for name in names:
                 print(f"{name:<18}" + "".join(f"{cell:>21}" for cell in table[name]), flush=True)
@@ -384,14 +383,14 @@ def main(arguments: list[str]) -> None:
         raise ValueError(f"source {source} is not here")
     scratch = Path(tempfile.mkdtemp(prefix="loader-benchmark-"))
     try:
-        for stored, times, size in ((128, 12, 112), (0, 4, 224)):
+        for stored, times, sizes in ((128, 12, _STORED_SIZES), (0, 4, {"none": 224})):
             if settings.stored not in (-1, stored):
                 continue
             name = f"{stored} x {stored}" if stored else "originals"
             images = repeated(source, scratch / f"source-{stored}", times)
             prepare(str(images), scratch / name, Options(size=stored, shard_size=500))
             files = extracted(scratch / name, scratch / f"files-{stored}")
-            report(scratch / name, files, size, settings)
+            report(scratch / name, files, sizes, settings)
     finally:
         shutil.rmtree(scratch)
 

@@ -255,10 +255,11 @@ class DaliLoader:
 
     def _build(self) -> Pipeline:
         gpu = self._device.type == "cuda"
+        index = self._device.index if self._device.index is not None or not gpu else torch.cuda.current_device()
         pipeline = Pipeline(
             batch_size=self._batch_size,
             num_threads=self._threads,
-            device_id=(self._device.index or 0) if gpu else None,
+            device_id=index if gpu else None,
             prefetch_queue_depth=_DEPTH,
             exec_dynamic=True,
         )

@@ -1,5 +1,6 @@
 import errno
 import fcntl
+import gzip
 import io
 import json
 import os
@@ -479,4 +480,44 @@ def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "scandir", denied)
     with pytest.raises(ValueError, match=r"cannot list .*dog: Permission denied; make it readable"):
         prepare(str(source), tmp_path / "data", Options(processes=1))
+    assert not list(tmp_path.glob("data*"))
+
+
+def fake_command(folder: Path, name: str, script: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_fashion_mnist_comes_from_its_debian_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = tmp_path / "package" / "fashion-mnist"
+    files.mkdir(parents=True)
+    images = np.stack([picture(number, 28, 28)[..., 0] for number in range(30)])
+    labels = (np.arange(30) % 10).astype(np.uint8)
+    for prefix in ("train", "t10k"):
+        write_idx(files, prefix, images, labels)
+        for path in list(files.glob(f"{prefix}*ubyte")):
+            path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+            path.unlink()
+    fake_command(tmp_path / "bin", "apt-get", '[ "$*" = "download dataset-fashion-mnist" ] && echo > dataset_1_all.deb')
+    unpack = f'[ "$1" = -x ] && mkdir -p "$3/usr/share/datasets" && cp -r {files} "$3/usr/share/datasets"'
+    fake_command(tmp_path / "bin", "dpkg-deb", unpack)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    prepare("fashion-mnist", tmp_path / "data", Options(processes=1))
+    dataset = open_dataset(tmp_path / "data")
+    assert dataset.classes[0] == "T-shirt/top"
+    assert dataset.classes[9] == "Ankle boot"
+    assert {name: len(split) for name, split in dataset.splits.items()} == {"train": 30, "test": 30}
+    assert set(dataset.splits["train"].index["height"]) == {28}
+
+
+def test_fashion_mnist_that_cannot_be_had_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_command(tmp_path / "bin", "apt-get", "echo 'E: Unable to locate package dataset-fashion-mnist' >&2; exit 100")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    message = "cannot fetch fashion-mnist, apt-get failed: E: Unable to locate package .*; give a folder"
+    with pytest.raises(ValueError, match=message):
+        prepare("fashion-mnist", tmp_path / "data", Options(processes=1))
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ValueError, match="needs apt-get and dpkg-deb; give a folder with its four IDX files instead"):
+        prepare("fashion-mnist", tmp_path / "data", Options(processes=1))
     assert not list(tmp_path.glob("data*"))
