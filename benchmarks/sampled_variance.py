@@ -139,16 +139,18 @@ def variances(model: nn.Module, data: Batch, settings: Settings) -> None:
 
     plain_variance = variance(torch.stack(whole))
     means = torch.stack([terms.mean(0) for terms in penalty])
-    within = sum(variance(terms) for terms in penalty) / batches
     shift = (torch.stack(split) - torch.stack(whole)).mean(0)
-    mean = float(torch.stack(whole).mean(0).square().sum())
-    print("In variances of the plain gradient of a batch:")
-    print(f"  its mean squared                                      {mean / plain_variance:.3g}")
-    pull = float(means.mean(0).square().sum())
-    print(f"  beta * penalty gradient, its mean squared             {pull / plain_variance:.3g}")
-    print(
-        f"  gradient by sub-batches less whole, mean squared      {float(shift.square().sum()) / plain_variance:.3g}\n"
-    )
+    within = sum(variance(terms) for terms in penalty) / batches
+    rows: dict[str, Tensor | float] = {
+        "plain gradient, square of its mean": torch.stack(whole).mean(0).square().sum(),
+        "beta * penalty gradient, square of its mean": means.mean(0).square().sum(),
+        "loss gradient by sub-batches, variance": variance(torch.stack(split)),
+        "its mean less that of the plain gradient, squared": shift.square().sum(),
+    }
+    print("| in variances of the plain gradient of a batch | |\n|---|---|")
+    for name, value in rows.items():
+        print(f"| {name} | {float(value) / plain_variance:.3g} |")
+    print()
     workers = (1, 2, 8)
     print(f"| sampled k of M = {count} | " + " | ".join(f"{n} worker(s)" for n in workers) + " |")
     print("|---" * (1 + len(workers)) + "|")
