@@ -264,5 +264,5 @@ def _command(command: list[str], folder: Path) -> None:
     if done.returncode:
         reason = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
         raise ValueError(
-            f"cannot fetch {FASHION_MNIST}, {command[0]} failed: {reason}; give a folder with its four IDX files instead"
+            f"cannot fetch {FASHION_MNIST}, {command[0]} failed: {reason}; give a folder with its four IDX files"
         )
