@@ -107,10 +107,9 @@ def decode_and_augment(task: Task) -> _Epoch:
     split = open_dataset(task.data).splits["train"]
     render = Renderer(task.size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), False)
     index = split.index
-    geometry = augment.draw(
-        augment.augmentation(task.augmentation), 0, 0, np.arange(len(split)), index["height"], index["width"]
-    )
-    return partial(threaded, encoded, task, lambda image, row, out: render(image, geometry[row : row + 1], out))
+    chosen, sides = augment.augmentation(task.augmentation), (index["height"], index["width"])
+    rows = augment.draw(chosen, 0, 0, np.arange(len(split)), *sides).rows()
+    return partial(threaded, encoded, task, lambda image, row, out: render(image, rows[row], out))
 
 
 def in_memory(task: Task) -> list[bytes]:

@@ -9,6 +9,7 @@ The numbers depend on (seed, epoch, position) alone, so pixels are the same at a
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,16 @@ AUGMENTATIONS = {
 }
 
 
+class Row(NamedTuple):
+    """The geometry of one sample; the fields of Geometry."""
+
+    anchor: list[int]
+    shape: list[int]
+    shift: list[int]
+    mirror: int
+    jitter: NDArray[np.float32]
+
+
 @dataclass(frozen=True)
 class Geometry:
     """anchor, shape: box in the stored image, (B, 2) as y, x; shift: (B, 2) as y, x; mirror: (B,) of 0 and 1.
@@ -56,6 +67,11 @@ class Geometry:
     shift: Ints
     mirror: Ints
     jitter: NDArray[np.float32]
+
+    def rows(self) -> list["Row"]:
+        """One sample each, as Python numbers."""
+        columns = (self.anchor.tolist(), self.shape.tolist(), self.shift.tolist(), self.mirror.tolist(), self.jitter)
+        return [Row(*values) for values in zip(*columns, strict=True)]
 
     def __getitem__(self, item: slice) -> "Geometry":
         return Geometry(self.anchor[item], self.shape[item], self.shift[item], self.mirror[item], self.jitter[item])

@@ -288,7 +288,7 @@ class DaliLoader:
                 images = fn.color_twist(images, **changes)
             padding: dict[str, Any] = {}
             if self._augmentation.pad:
-                # A slice that pads takes 30 microseconds an image; here only what leaves is cut off, and the last step pads.
+                # Padding in a slice takes 30 microseconds an image. Here what leaves is cut off; the last step pads.
                 kept = {"start": source("kept_start", types.INT32, 1), "shape": source("kept_shape", types.INT32, 1)}
                 images = fn.slice(images, **kept, axes=[0, 1])
                 padding = {

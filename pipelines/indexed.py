@@ -114,9 +114,8 @@ class TorchLoader:
     def _fill(self, part: Part, piece: slice, images: NDArray[np.float32], labels: NDArray[np.int64]) -> None:
         samples, positions = part.samples[piece], part.positions[piece]
         geometry = self._draw(part.epoch, positions, samples)
-        for row, sample in enumerate(samples.tolist()):
-            one = slice(row, row + 1)
-            used = self._fill_one(part.epoch, positions[one], sample, geometry[one], images[piece.start + row])
+        for row, (sample, drawn) in enumerate(zip(samples.tolist(), geometry, strict=True)):
+            used = self._fill_one(part.epoch, positions[row : row + 1], sample, drawn, images[piece.start + row])
             if used != sample:
                 labels[piece.start + row] = self._labels[used]
 
@@ -125,7 +124,7 @@ class TorchLoader:
         epoch: int,
         position: NDArray[np.int64],
         sample: int,
-        geometry: augment.Geometry,
+        drawn: augment.Row,
         out: NDArray[np.float32],
     ) -> int:
         """Writes the sample, or the one that stands in for it, to `out`; returns which."""
@@ -133,17 +132,18 @@ class TorchLoader:
             try:
                 encoded = self._files.read(sample)
                 try:
-                    self._render(encoded, geometry, out)
+                    self._render(encoded, drawn, out)
                 except SampleError as error:
                     raise SampleError(f"cannot decode {self._split.where(sample)}: {error}") from None
                 return sample
             except SampleError as error:
                 sample = self._faults.substitute(sample, error)
-                geometry = self._draw(epoch, position, np.array([sample]))
+                (drawn,) = self._draw(epoch, position, np.array([sample]))
 
-    def _draw(self, epoch: int, positions: NDArray[np.int64], samples: NDArray[np.int64]) -> augment.Geometry:
+    def _draw(self, epoch: int, positions: NDArray[np.int64], samples: NDArray[np.int64]) -> list[augment.Row]:
         heights, widths = self._heights[samples], self._widths[samples]
-        return augment.draw(self._augmentation, self._seed, epoch, positions, heights, widths, self._color_jitter)
+        geometry = augment.draw(self._augmentation, self._seed, epoch, positions, heights, widths, self._color_jitter)
+        return geometry.rows()
 
 
 class Renderer:
@@ -157,27 +157,26 @@ class Renderer:
         # Normalization by table: exact, and one pass with the conversion to float.
         self._tables = [((levels - m) / s).astype(np.float32) for m, s in zip(mean, std, strict=True)]
 
-    def __call__(self, encoded: bytes, geometry: augment.Geometry, out: NDArray[np.float32]) -> None:
-        """Writes the sample drawn by `geometry` (one row) to `out`, (3, size, size); SampleError if it cannot."""
-        self.finish(decode(encoded), geometry, out)
+    def __call__(self, encoded: bytes, drawn: augment.Row, out: NDArray[np.float32]) -> None:
+        """Writes the sample so drawn to `out`, (3, size, size); SampleError if it cannot be decoded."""
+        self.finish(decode(encoded), drawn, out)
 
-    def finish(self, image: Any, geometry: augment.Geometry, out: NDArray[np.float32]) -> None:
+    def finish(self, image: Any, drawn: augment.Row, out: NDArray[np.float32]) -> None:
         """The same from decoded RGB pixels, uint8 (H, W, 3)."""
         size = self._size
-        (y, x), (height, width) = geometry.anchor[0].tolist(), geometry.shape[0].tolist()
+        (y, x), (height, width), (down, right), mirror, jitter = drawn
         image = image[y : y + height, x : x + width]
         if (height, width) != (size, size):
             image = _resize(image, size)
         if self._jitters:
-            image = cv2.transform(image, augment.color_map(geometry.jitter[0]))
-        down, right = geometry.shift[0].tolist()
+            image = cv2.transform(image, augment.color_map(jitter))
         if down or right:
             moved = np.zeros_like(image)
             moved[max(-down, 0) : size - max(down, 0), max(-right, 0) : size - max(right, 0)] = image[
                 max(down, 0) : size - max(-down, 0), max(right, 0) : size - max(-right, 0)
             ]
             image = moved
-        if geometry.mirror[0]:
+        if mirror:
             image = cv2.flip(image, 1)
         for plane, table, target in zip(cv2.split(image), self._tables, out, strict=True):
             cv2.LUT(plane, table, dst=target)

@@ -195,7 +195,7 @@ class StreamLoader:
             except SampleError as error:
                 raise ValueError(f"cannot decode {sample.where}: {error}") from None
             height, width = np.array([image.shape[0]], np.int32), np.array([image.shape[1]], np.int32)
-            geometry = augment.draw(
+            (drawn,) = augment.draw(
                 self._augmentation, self._seed, epoch, positions[row : row + 1], height, width, self._color_jitter
-            )
-            self._render.finish(image, geometry, images[row])
+            ).rows()
+            self._render.finish(image, drawn, images[row])
