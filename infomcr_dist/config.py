@@ -36,7 +36,7 @@ class DataSettings:
     mixing: Literal["full", "window"] = "full"
     """An epoch's order: a permutation of all samples, or of shards, a window of them at a time, for slow disks."""
     augmentation: str = "crop4_flip"
-    """none, flip, crop1_flip, crop4_flip or random_resized_crop; evaluation and the metric see none."""
+    """none, flip, crop1_flip, crop4_flip or random_resized_crop, of the training batches."""
     color_jitter: float = 0.0
     """Largest relative change of brightness, contrast and saturation."""
     image_size: int | None = None
@@ -200,6 +200,8 @@ class EvaluationSettings:
     """Epochs between evaluations on the test images; 0: at the end only."""
     train_every_epochs: int = 0
     """Epochs between evaluations on the training images; 0: at the end only."""
+    transform: Literal["none", "center_crop"] = "none"
+    """What evaluation and the metric see: the whole image, or its central 7/8, resized to data.image_size."""
     batch_size: int = 250
     """Images a worker evaluates at once."""
 

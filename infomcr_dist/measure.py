@@ -95,8 +95,8 @@ def measure(path: Path, settings: MeasureSettings, world: Solo) -> Measurement:
         train_images, test_images = (
             open_loader(
                 splits[name],
-                backend=config.data.backend,
-                augmentation="none",
+                backend="torch" if config.data.backend == "webdataset" else config.data.backend,
+                augmentation=config.evaluation.transform,
                 size=state["image_size"],
                 mean=dataset.mean,
                 std=dataset.std,

@@ -159,8 +159,8 @@ def prepare_run(config: Config, recipe: Path, world: Solo) -> Run:
 
         exact: Backend = "torch" if data.backend == "webdataset" else data.backend
         training_images = loader("train", data.backend, data.augmentation, local_batch, data.color_jitter)
-        train_images = loader("train", exact, "none", max(evaluated, config.metric.samples), 0.0)
-        test_images = loader("test", exact, "none", evaluated, 0.0)
+        train_images = loader("train", exact, config.evaluation.transform, max(evaluated, config.metric.samples), 0.0)
+        test_images = loader("test", exact, config.evaluation.transform, evaluated, 0.0)
     with world.together():
         telemetry = Telemetry(config.telemetry, rank=world.rank, local_rank=world.local_rank, world_size=world.size)
     directory, state = Path(), None
