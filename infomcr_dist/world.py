@@ -201,7 +201,8 @@ def report_and_leave(world: Solo, error: Exception) -> int:
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
         world.barrier()  # nobody leaves, and is taken for the cause, before rank 0 has spoken
         return 2
-    reason = str(error) if isinstance(error, UserError) else "another worker is gone; go on from the last checkpoint with resume=auto"
+    gone = "another worker is gone; go on from the last checkpoint with resume=auto"
+    reason = str(error) if isinstance(error, UserError) else gone
     print(f"\nerror: rank {world.rank}: {reason}", file=sys.stderr, flush=True)
     return 2 if isinstance(error, UserError) else 1
 
