@@ -152,6 +152,8 @@ class PillowTransform:
                 width, height = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
                 if 0 < width <= image.width and 0 < height <= image.height:
                     break
+            else:
+                width = height = min(image.size)
             x, y = random.randint(0, image.width - width), random.randint(0, image.height - height)
             image = image.resize((size, size), Image.Resampling.BILINEAR, box=(x, y, x + width, y + height))
         elif image.size != (size, size):

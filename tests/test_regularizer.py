@@ -1,3 +1,4 @@
+import gc
 import itertools
 import warnings
 from collections import Counter
@@ -628,7 +629,8 @@ def average_on_two_workers(rank: int, path: Path) -> None:
             run(model, parts[rank], how)
             assert relative(grads(model.module), expected) < 1e-12, how
         assert sum(sent) == 2 * sum(parameter.numel() for parameter in model.parameters()), how
-        del model  # its communication hook holds on to the process group
+        del model
+        gc.collect()  # the model refers to itself, and to the process group, whose threads must end before the process
     torch.distributed.barrier()  # a worker that leaves early takes gloo's threads of the other by surprise
     torch.distributed.destroy_process_group()
 
