@@ -329,8 +329,7 @@ def measure(tasks: list[Task], rounds: int) -> dict[str, list[tuple[float, ...]]
 
 
 def spread(values: list[float]) -> str:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:.0f} [{low:.0f} {high:.0f}]"
+    return "{1:.0f} [{0:.0f} {2:.0f}]".format(*statistics.quantiles(values, n=4))
 
 
 def report(data: Path, files: Path, sizes: dict[str, int], settings: Settings) -> None:
@@ -379,8 +378,7 @@ def extracted(data: Path, folder: Path) -> Path:
 
 def main(arguments: list[str]) -> None:
     settings = cli.parse(Settings, arguments)
-    source = Path(__file__).parents[1] / settings.source
-    if not source.exists():
+    if not (source := Path(__file__).parents[1] / settings.source).exists():
         raise ValueError(f"source {source} is not here")
     scratch = Path(tempfile.mkdtemp(prefix="loader-benchmark-"))
     try:
