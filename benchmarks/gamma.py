@@ -18,10 +18,10 @@ from interleaved import measure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from infomcr_dist.config import load_config
 from infomcr_dist.fisher import gradient_gram
 from infomcr_dist.functional import functional_loss, trainable_parameters
 from infomcr_dist.models import build
+from infomcr_dist.options import load_config
 
 
 @dataclass(frozen=True)

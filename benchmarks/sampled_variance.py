@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from infomcr_dist import regularized_backward
-from infomcr_dist.config import load_config
 from infomcr_dist.fisher import gamma_hat, gradient_gram
 from infomcr_dist.functional import Batch, Params, functional_loss, gradient, trainable_parameters
 from infomcr_dist.models.layers import classifier, stem
 from infomcr_dist.models.resnet import assemble, basic_block, projection
+from infomcr_dist.options import load_config
 from infomcr_dist.regularizer import sub_batch_penalty
 
 Step = Callable[[nn.Module, Tensor, Tensor], None]

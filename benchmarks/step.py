@@ -19,8 +19,8 @@ from interleaved import measure
 from torch.nn.functional import cross_entropy
 
 from infomcr_dist import regularized_backward
-from infomcr_dist.config import load_config
 from infomcr_dist.models import build
+from infomcr_dist.options import load_config
 
 
 @dataclass(frozen=True)

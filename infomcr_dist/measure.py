@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 from infomcr_dist import checkpoint, models
-from infomcr_dist.config import Config, MetricSettings, from_dict, load_config
+from infomcr_dist.config import Config, MetricSettings
 from infomcr_dist.evaluate import Curvature, Errors, estimate_curvature, estimate_robustness, evaluate
 from infomcr_dist.fisher import Bound, Estimate, gamma, generalization_bound, logit_scaled
+from infomcr_dist.options import from_dict, load_config
 from infomcr_dist.run import EMBEDDED, select_splits
 from infomcr_dist.telemetry import finite
 from infomcr_dist.world import Solo, connect, report_and_leave

@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from infomcr_dist.checkpoint import write_atomically
-from infomcr_dist.config import load_config
+from infomcr_dist.options import load_config
 
 _POINTS = 150
 """Points a curve of steps is drawn with at most; each is the median of its neighbourhood."""

@@ -17,14 +17,18 @@ from torch import nn
 
 from infomcr_dist import checkpoint, models
 from infomcr_dist.budget import Budget
-from infomcr_dist.config import Config, OptimizerSettings, to_dict, to_yaml
+from infomcr_dist.config import Config, OptimizerSettings
+from infomcr_dist.options import to_dict, to_yaml
 from infomcr_dist.schedules import LearningRate, PenaltyWeight
 from infomcr_dist.telemetry import Telemetry
 from infomcr_dist.world import Solo
 from pipelines import Backend, Dataset, Loader, Order, Part, Split, open_dataset, open_loader
 
 EMBEDDED = Path("data") / "fashion-mnist"
-_FREE_ON_RESUME = ("epochs", "run_dir", "resume", "threads", "evaluation", "metric", "checkpoint", "telemetry")
+_FREE_ON_RESUME = (
+    *("epochs", "run_dir", "resume", "threads", "nonfinite_steps"),
+    *("evaluation", "metric", "checkpoint", "telemetry"),
+)
 """Settings that a resumed run may change: they do not alter the steps that are left, or only add to them."""
 _FREE_OF_DATA = ("path", "backend", "on_error", "batch_size", "global_batch_size", "threads", "prefetch")
 """Of the data section; the shards' fingerprint and the global batch are compared instead."""
@@ -179,7 +183,7 @@ def prepare_run(config: Config, recipe: Path, world: Solo) -> Run:
     optimizer = world.distribute(_optimizer(config.optimizer, model), model)
     if state is not None:
         with world.together():
-            checkpoint.restore_weights(model, state, Path(config.resume or ""))
+            checkpoint.restore_weights(model, state, directory)
         optimizer.load_state_dict(state["optimizer"])
         learning_rate.load_state_dict(state["learning_rate"])
         penalty_weight.load_state_dict(state["penalty_weight"])

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from infomcr_dist.budget import WINDOW
-from infomcr_dist.config import Config, load_config
+from infomcr_dist.config import Config
 from infomcr_dist.evaluate import Curvature, Errors, estimate_curvature, evaluate
 from infomcr_dist.fisher import Estimate
 from infomcr_dist.functional import functional_loss, trainable_parameters
+from infomcr_dist.options import load_config
 from infomcr_dist.regularizer import Losses, health, regularized_backward
 from infomcr_dist.run import Run, prepare_run, save
 from infomcr_dist.schedules import TimeShare

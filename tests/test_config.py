@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from infomcr_dist.config import Config, load_config, to_yaml
+from infomcr_dist.config import Config
+from infomcr_dist.options import load_config, to_yaml
 
 RECIPES = sorted((Path(__file__).parent.parent / "launch" / "recipes").glob("*.yaml"))
 

@@ -13,13 +13,14 @@ MAY_IMPORT = {
     "fisher": {"functional", "gram"},
     "models": {"models"},
     "config": set(),
+    "options": set(),
     "schedules": {"config"},
     "budget": set(),
     "world": set(),
     "checkpoint": set(),
     "telemetry": {"checkpoint", "config"},
     "evaluate": {"config", "fisher", "functional", "world"},
-    "run": {"budget", "checkpoint", "config", "models", "schedules", "telemetry", "world"},
+    "run": {"budget", "checkpoint", "config", "models", "options", "schedules", "telemetry", "world"},
     "__init__": {"regularizer"},
 }
 COMMANDS = {"train", "measure", "study", "report", "doctor"}

@@ -23,7 +23,8 @@ from conftest import WORKERS, horovodrun, start_horovodrun
 from torch import nn
 
 from infomcr_dist import checkpoint
-from infomcr_dist.config import Config, load_config
+from infomcr_dist.config import Config
+from infomcr_dist.options import load_config
 from infomcr_dist.run import _plan, select_splits
 from infomcr_dist.train import main, train_step
 from infomcr_dist.world import Solo
@@ -226,13 +227,10 @@ def test_a_stopped_run_goes_on_bitwise_from_the_step_it_stopped_at(folder: Path,
         assert horovodrun(2, *command, f"run_dir={names['whole']}", cwd=folder).returncode == 0
     run = names["stopped"]
     job = start_horovodrun(2, *command, f"run_dir={run}", "resume=auto", cwd=folder)
-    while not list(run.glob("checkpoints/step-*[05].pt")) and job.poll() is None:
-        time.sleep(0.02)
+    workers = workers_of(run, job)
     if asked == "launcher":
         job.terminate()
     else:
-        mine = [int(p) for p in os.listdir("/proc") if p.isdigit() and str(run) in command_line(int(p))]
-        workers = [p for p in mine if "infomcr_dist.train" in command_line(p) and "horovodrun" not in command_line(p)]
         os.kill(max(workers), signal.SIGTERM)
     output, errors = job.communicate(timeout=60)
     assert job.returncode != 0
@@ -247,6 +245,31 @@ def test_a_stopped_run_goes_on_bitwise_from_the_step_it_stopped_at(folder: Path,
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name]), name
     assert history(names["whole"]) == history(run)
+
+
+def test_a_worker_that_is_killed_ends_the_run_and_loses_no_checkpoint(folder: Path) -> None:
+    run = folder / "killed"
+    settings = ["telemetry.port=null", "metric.trials=0", "schedule.milestones=[0.5]"]
+    command = [sys.executable, "-m", "infomcr_dist.train", "recipe.yaml", *settings]
+    job = start_horovodrun(2, *command, f"run_dir={run}", "epochs=200", cwd=folder)
+    os.kill(max(workers_of(run, job)), signal.SIGKILL)
+    output, errors = job.communicate(timeout=60)
+    assert job.returncode != 0
+    assert "another worker is gone; go on from the last checkpoint" in output + errors
+    assert ">:Traceback" not in output + errors, "of a worker"
+    step = checkpoint.load(checkpoint.find(run))["step"]
+    more = [f"run_dir={run}", "resume=auto", f"epochs={step // STEPS + 1}"]
+    result = horovodrun(2, *command, *more, cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [s["step"] for s in records(run, "step")] == list(range(1, step + STEPS + 1))
+
+
+def workers_of(run: Path, job: subprocess.Popen[str]) -> list[int]:
+    """The workers' process ids, once the run has saved its first epoch."""
+    while not list(run.glob("checkpoints/step-*[05].pt")) and job.poll() is None:
+        time.sleep(0.02)
+    found = [int(p) for p in os.listdir("/proc") if p.isdigit() and str(run) in command_line(int(p))]
+    return [p for p in found if command_line(p).startswith(sys.executable) and "horovodrun" not in command_line(p)]
 
 
 def command_line(process: int) -> str:
