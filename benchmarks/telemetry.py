@@ -38,7 +38,7 @@ def main(steps: int) -> None:
 
     step_seconds, record_seconds = [], []
     with tempfile.TemporaryDirectory() as folder:
-        telemetry = Telemetry(TelemetrySettings(port=PORT), rank=0, local_rank=0, world_size=1)
+        telemetry = Telemetry(TelemetrySettings(port=PORT), rank=0, local_rank=0, world_size=1, info={})
         telemetry.begin(Path(folder) / "records.jsonl", steps, 0)
         scraper = threading.Thread(target=scrape)
         scraper.start()
@@ -51,9 +51,14 @@ def main(steps: int) -> None:
             value = loss.item()
             took = time.perf_counter() - began
             step_seconds.append(took)
-            record = StepRecord(step, 1, "regularized", value, 1e-4, 10.0, 4, 1.0, 0.1, 64, 0, took, 1e-3, 1e-3)
+            record = StepRecord(
+                step=step, epoch=1, phase="regularized", loss=value, penalty=1e-4, beta=10.0, penalised=4,
+                gradient_norm=1.0, finite=True, learning_rate=0.1, samples=64, global_samples=64, world_size=1,
+                data_errors=0, step_duration_seconds=took, data_wait_seconds=1e-3, gradient_seconds=took,
+                allreduce_wait_seconds=1e-3, update_seconds=1e-3, penalty_duration_seconds=took, allreduce_bytes=1,
+            )  # fmt: skip
             began = time.perf_counter()
-            telemetry.step(record, 64)
+            telemetry.step(record)
             record_seconds.append(time.perf_counter() - began)
         done.set()
         scraper.join()

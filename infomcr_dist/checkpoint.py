@@ -1,20 +1,29 @@
-"""Checkpoints: written whole or not at all, read without running code.
+"""Checkpoints: written whole or not at all, verified by their checksum, read without running code.
 
-A checkpoint is a dictionary of tensors and plain values in one file of a run directory: ``step-00000938.pt`` below
-``checkpoints`` is the state after 938 steps.
+A checkpoint is a dictionary of tensors and plain values in one file of a run directory:
+``checkpoints/step-00000938-1c9e5f0a2b7d4e68.pt`` is the state after 938 steps, and the second number begins the SHA-256
+of the file's content. ``checkpoints/best.pt`` is a link to the one with the lowest error on the evaluated images.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-FORMAT = 1
+FORMAT = 2
 State = dict[str, Any]
+_NAME = re.compile(r"step-(?P<step>\d{8,})-(?P<checksum>[0-9a-f]{16})\.pt")
 
 
 def write_atomically(path: Path, write: Any) -> None:
@@ -23,49 +32,82 @@ def write_atomically(path: Path, write: Any) -> None:
     Whatever happens on the way, ``path`` holds its old content or the whole new one, and no temporary file stays.
     Raises OSError naming the path (no room, no permission).
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
+    _put_in_place(path.with_name(f".{path.name}.{os.getpid()}"), write, lambda: path, str(path))
+
+
+def save(directory: Path, step: int, state: State, keep: int, best: bool = False) -> Path:
+    """Write the state after so many steps, ``best`` of all or not; keep the newest ``keep`` and the best.
+
+    Until the new checkpoint is in place whole, nothing else changes. Raises OSError naming the directory.
+    """
+    digest = hashlib.sha256()
+
+    def write(file: io.BufferedWriter) -> None:
+        hashing = _Hashing(file, digest)
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        if isinstance(error, RuntimeError) and "write" not in str(error):
-            raise
-        raise OSError(f"{path} could not be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+            torch.save({"format": FORMAT, **state}, hashing)  # type: ignore[arg-type]
+        except RuntimeError:  # torch.save ends with one of its own where writing failed
+            raise hashing.failure or OSError("the file was not written whole") from None
 
+    def name() -> Path:
+        return directory / f"step-{step:08d}-{digest.hexdigest()[:16]}.pt"
 
-def save(directory: Path, step: int, state: State, keep: int) -> Path:
-    """Write the state after so many steps and remove all but the newest ``keep`` checkpoints."""
-    path = directory / f"step-{step:08d}.pt"
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
-    for old in _newest_first(directory)[keep:]:
-        old.unlink()
+    path = _put_in_place(directory / f".step-{step:08d}.{os.getpid()}", write, name, f"{directory}: step {step}")
+    if best:
+        link = directory / f".best.{os.getpid()}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.name)
+        os.replace(link, directory / "best.pt")
+    kept = {path.name, *(p.name for p in newest_first(directory)[:keep])}
+    if (directory / "best.pt").is_symlink():
+        kept.add(os.readlink(directory / "best.pt"))
+    for old in newest_first(directory):
+        if old.name not in kept:
+            old.unlink()
     return path
 
 
-def find(place: Path) -> Path:
-    """The checkpoint at ``place``: the file itself, or the newest of a run directory. Raises ValueError if none."""
+def newest_first(directory: Path) -> list[Path]:
+    """The checkpoints of a directory by their steps, the largest first."""
+    found = [(int(match["step"]), path) for path in directory.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Remove what a process that was killed while it saved has left behind."""
+    for path in (*directory.glob(".step-*"), *directory.glob(".best.*")):
+        path.unlink(missing_ok=True)
+
+
+def load_newest(place: Path, say: Callable[[str], None]) -> tuple[Path, State]:
+    """The checkpoint at ``place``: the file itself, or the newest of a run directory that is whole.
+
+    ``say`` is told of every damaged one that is passed over. Raises ValueError if there is none, or none that is whole.
+    """
     if place.is_file():
-        return place
-    found = _newest_first(place / "checkpoints")
+        return place, load(place)
+    found = newest_first(place / "checkpoints")
     if not found:
-        raise ValueError(f"resume: there is no checkpoint at {place}: give a run directory or an step-NNNNNNNN.pt file")
-    return found[0]
+        raise ValueError(f"resume: there is no checkpoint at {place}: give a run directory or a checkpoint file")
+    for path in found:
+        try:
+            return path, load(path)
+        except ValueError as error:
+            say(f"{error}; it is skipped, the one before it is taken")
+    raise ValueError(f"resume: none of the {len(found)} checkpoints at {place} is whole: train anew in another run_dir")
 
 
 def load(path: Path) -> State:
     """Read a checkpoint, tensors on the CPU; no code in it is run. ValueError if it is not one of ours, whole."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} is not a readable checkpoint: {error.strerror}") from error
+    match = _NAME.fullmatch(path.resolve().name)
+    if match and hashlib.sha256(content).hexdigest()[:16] != match["checksum"]:
+        raise ValueError(f"{path} is damaged: its content does not have the checksum that its name gives")
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail anywhere in the reader
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
@@ -84,5 +126,93 @@ def restore_weights(model: nn.Module, state: State, path: Path) -> None:
         ) from error
 
 
-def _newest_first(directory: Path) -> list[Path]:
-    return sorted(directory.glob("step-*.pt"), reverse=True)
+def copied(value: Any, device: str | None = None) -> Any:
+    """The value with every tensor in it copied, to a device or on its own; dictionaries and lists all through."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to(device or value.device, copy=True)
+    if isinstance(value, dict):
+        return {key: copied(item, device) for key, item in value.items()}
+    return [copied(item, device) for item in value] if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What became of a save; ``error`` is None where it was written."""
+
+    step: int
+    seconds: float
+    """time the writing took, in the background"""
+    error: str | None
+
+
+class Writer:
+    """Saves checkpoints of one directory in a thread, one at a time, in the order they were given."""
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        self._directory, self._keep = directory, keep
+        self._thread: threading.Thread | None = None
+        self._finished: list[Saved] = []
+
+    def begin(self, step: int, state: State, best: bool = False) -> None:
+        """Write a state that nobody changes any more; waits if the one before is still being written."""
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(step, state, best))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for what is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def finished(self) -> list[Saved]:
+        """The saves that have ended since the last call."""
+        ended, self._finished = self._finished, []
+        return ended
+
+    def _write(self, step: int, state: State, best: bool) -> None:
+        before, error = time.perf_counter(), None
+        try:
+            save(self._directory, step, state, self._keep, best)
+        except OSError as failure:
+            error = str(failure)
+        self._finished.append(Saved(step, time.perf_counter() - before, error))
+
+
+class _Hashing:
+    """A file to write to that adds what it gets to a digest."""
+
+    def __init__(self, file: io.BufferedWriter, digest: Any) -> None:
+        self._file, self._digest = file, digest
+        self.failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        self._digest.update(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _put_in_place(temporary: Path, write: Callable[[Any], Any], name: Callable[[], Path], what: str) -> Path:
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        path = name()
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise OSError(f"{what} could not be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

@@ -43,6 +43,9 @@ class DataSettings:
     """Train on so many of the training images, drawn by the seed; null: on all."""
     holdout_images: int = 0
     """Keep so many training images out, drawn by the seed, and evaluate on them in place of the test images."""
+    max_batch_size: int | None = None
+    """Images a worker takes through the network at once, if its share of a step is larger and would not fit: the
+    gradients of the pieces are accumulated. null: all of its share."""
     threads: int = 1
     """Decoding threads a worker."""
     prefetch: int = 2
@@ -55,7 +58,16 @@ class DataSettings:
                 "data: give one of batch_size (images a worker) and global_batch_size (images over all workers), "
                 f"got batch_size={self.batch_size} and global_batch_size={self.global_batch_size}"
             )
-        for name in ("batch_size", "global_batch_size", "image_size", "train_images", "threads", "prefetch"):
+        names = (
+            "batch_size",
+            "global_batch_size",
+            "max_batch_size",
+            "image_size",
+            "train_images",
+            "threads",
+            "prefetch",
+        )
+        for name in names:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"data.{name}", "at least 1", value)
         _require(0 <= self.color_jitter < 1, "data.color_jitter", "in [0, 1)", self.color_jitter)
@@ -229,13 +241,19 @@ class MetricSettings:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
+    """What is saved, beside the step at which a run is stopped."""
+
     every_epochs: int = 1
     """Epochs between checkpoints; the last epoch's is always written."""
+    every_steps: int | None = None
+    """Steps between checkpoints within an epoch; null: none."""
     keep: int = 2
-    """Checkpoints kept, newest first."""
+    """Checkpoints kept, newest first; the one with the lowest error on the evaluated images is kept as well."""
 
     def __post_init__(self) -> None:
         _require(self.every_epochs >= 1, "checkpoint.every_epochs", "at least 1", self.every_epochs)
+        steps = self.every_steps
+        _require(steps is None or steps >= 1, "checkpoint.every_steps", "at least 1, or null", steps)
         _require(self.keep >= 1, "checkpoint.keep", "at least 1", self.keep)
 
 
@@ -245,6 +263,8 @@ class TelemetrySettings:
     """Prometheus endpoint of local rank 0; every further local rank takes the next port. null: no endpoint."""
     address: str = "127.0.0.1"
     """Address the endpoint binds to; 0.0.0.0 lets other machines scrape it."""
+    pushgateway: str | None = None
+    """HOST:PORT of a Pushgateway that gets rank 0's metrics when the run ends; null: none."""
 
     def __post_init__(self) -> None:
         valid = self.port is None or 1 <= self.port <= 65535
@@ -264,8 +284,18 @@ class Config:
     """Where the run's files go; null: runs/RECIPE-TIME."""
     resume: str | None = None
     """A run directory or a checkpoint to go on from; auto: go on from run_dir if it holds a checkpoint."""
+    resume_changed: bool = False
+    """Go on even where settings or data are not those of the checkpoint; the differences are named."""
     nonfinite_steps: int = 10
-    """Steps in a row with a non-finite gradient, each left out on every worker, after which the run ends."""
+    """Steps in a row with a non-finite loss or gradient, each left out on every worker, after which the run ends."""
+    compare_weights_steps: int = 1000
+    """Steps between comparisons of the workers' weights, which must be equal to the bit; 0: at epochs' ends only."""
+    stop_seconds: float = 25.0
+    """Seconds from the signal to stop to the end of a worker, saved or not; below the grace period of who sends it."""
+    hang_seconds: float | None = 120.0
+    """Seconds after which a worker that stands still, or a silent network, ends the job; null: never."""
+    pid_dir: str | None = None
+    """Directory for a file rank-LOCAL_RANK.pid of each worker of a host, for who has to signal them; null: none."""
     threads: int | None = None
     """Threads a worker computes with on the CPU; null: the machine's cores, shared by the workers on it."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -282,6 +312,10 @@ class Config:
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "epochs", "at least 1", self.epochs)
         _require(self.nonfinite_steps >= 1, "nonfinite_steps", "at least 1", self.nonfinite_steps)
+        _require(self.compare_weights_steps >= 0, "compare_weights_steps", "at least 0", self.compare_weights_steps)
+        _require(self.stop_seconds > 0, "stop_seconds", "positive", self.stop_seconds)
+        hang = self.hang_seconds
+        _require(hang is None or hang >= 2, "hang_seconds", "at least 2, or null", hang)
         _require(self.threads is None or self.threads >= 1, "threads", "at least 1", self.threads)
         late = [m for m in self.schedule.milestones if m >= self.epochs]
         if late:

@@ -83,8 +83,7 @@ class Measurement:
 def measure(path: Path, settings: MeasureSettings, world: Solo) -> Measurement:
     """All metrics of a checkpoint. Raises `UserError` on every worker if it or its data cannot be read by one."""
     with world.together():
-        path = checkpoint.find(path)
-        state = checkpoint.load(path)
+        path, state = checkpoint.load_newest(path, lambda text: print(text, file=sys.stderr, flush=True))
         config = from_dict(Config, state["config"])
         model = models.build(config.model, classes=len(state["classes"]), image_size=state["image_size"])
         checkpoint.restore_weights(model, state, path)

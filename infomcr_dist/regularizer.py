@@ -118,6 +118,7 @@ def regularized_backward(
     sampled: int | None = None,
     derivative: Derivative | Literal["auto"] = "auto",
     weight: float = 1.0,
+    max_batch_size: int | None = None,
 ) -> Losses:
     """Add the gradient of weight * (L + beta R) to `p.grad`, in place of `loss.backward()` (Algorithm 1).
 
@@ -133,6 +134,8 @@ def regularized_backward(
       "finite_difference"  the paper's g_i - h_i; its passes run outside autocast with TF32 off, where it is noise.
       "exact"              its limit alpha H_i g_i.
       "auto"               "exact" under autocast or for parameters of less than 32 bits, else "finite_difference".
+    max_batch_size: images that pass through the network at once where no sub-batch does: the sampled way's other
+      sub-batches, the reference's whole batch. More are taken in pieces, whose gradients add up.
 
     The parameters themselves are never changed. Hooks on their gradients fire once each, in the last backward, when
     p.grad holds everything else: Horovod and DistributedDataParallel send what a plain step sends. Running statistics
@@ -175,11 +178,57 @@ def regularized_backward(
             else:
                 add_scaled(total, gradient(objective, params), 1.0)
     if split.rest is not None:
-        rest_loss = _tracked_loss(model, criterion, split.rest_weight, counted=True)(params, split.rest)
-        loss = loss + split.rest_weight * rest_loss.detach()
-        _accumulate(params, total)
-        (weight * split.rest_weight * rest_loss).backward()
+        loss = loss + _plain(model, criterion, params, split.rest, total, weight, split.rest_weight, max_batch_size)
     return Losses(loss, penalty)
+
+
+def plain_backward(
+    model: nn.Module,
+    criterion: Criterion,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    weight: float = 1.0,
+    max_batch_size: int | None = None,
+) -> Losses:
+    """Add the gradient of weight * L to `p.grad`, like `loss.backward()`; the penalty returned is 0.
+
+    More than `max_batch_size` images pass through the network in pieces, whose gradients add up; hooks fire once each,
+    in the last backward, and BatchNorm's running statistics keep their horizon.
+    """
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    params = trainable_parameters(inner)
+    loss = _plain(model, criterion, params, (images, labels), {}, weight, 1.0, max_batch_size)
+    return Losses(loss, torch.zeros((), device=images.device))
+
+
+def _plain(
+    model: nn.Module,
+    criterion: Criterion,
+    params: Params,
+    batch: Batch,
+    total: Params,
+    weight: float,
+    fraction: float,
+    max_batch_size: int | None,
+) -> Tensor:
+    """Backward of weight * fraction * (mean loss over the batch), which is a fraction of the step's, on top of `total`;
+    returns fraction * loss. Empties `total` into p.grad before the last piece's backward, whose hooks fire."""
+    images, labels = batch
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    pieces = list(zip(*(tensor.split(max_batch_size or len(images)) for tensor in batch), strict=True))
+    loss = torch.zeros((), device=images.device)
+    for i, piece in enumerate(pieces):
+        last = i == len(pieces) - 1
+        share = fraction * (len(piece[1]) / len(labels))
+        piece_loss = _tracked_loss(model if last else inner, criterion, share, counted=last)(params, piece)
+        loss = loss + share * piece_loss.detach()
+        if last:
+            _accumulate(params, total)
+            (weight * share * piece_loss).backward()
+        else:
+            add_scaled(total, gradient(weight * share * piece_loss, params), 1.0)
+    return loss
 
 
 class _SubBatch(NamedTuple):
@@ -320,7 +369,7 @@ def _running_statistics(model: nn.Module, fraction: float, counted: bool) -> Ite
     ]
     try:
         for layer, momentum in layers:
-            layer.momentum = 1 - (1 - momentum) ** fraction
+            layer.momentum = 1 - (1 - momentum) ** fraction if fraction < 1 else momentum
         yield
         for layer, _ in layers:
             if not counted and layer.num_batches_tracked is not None:

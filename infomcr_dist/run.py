@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import hashlib
 import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections import deque
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,24 @@ from pipelines import Backend, Dataset, Loader, Order, Part, Split, open_dataset
 
 EMBEDDED = Path("data") / "fashion-mnist"
 _FREE_ON_RESUME = (
-    *("epochs", "run_dir", "resume", "threads", "nonfinite_steps"),
-    *("evaluation", "metric", "checkpoint", "telemetry"),
+    *("epochs", "run_dir", "resume", "resume_changed", "threads", "nonfinite_steps", "compare_weights_steps"),
+    *("stop_seconds", "hang_seconds", "pid_dir", "evaluation", "metric", "checkpoint", "telemetry"),
 )
 """Settings that a resumed run may change: they do not alter the steps that are left, or only add to them."""
-_FREE_OF_DATA = ("path", "backend", "on_error", "batch_size", "global_batch_size", "threads", "prefetch")
+_FREE_OF_DATA = (
+    *("path", "backend", "on_error", "batch_size", "global_batch_size", "max_batch_size", "threads", "prefetch"),
+)
 """Of the data section; the shards' fingerprint and the global batch are compared instead."""
+
+
+@dataclass
+class Committed:
+    """The state after a step, in memory: where an elastic run goes on when its world is restarted."""
+
+    directory: Path
+    state: checkpoint.State
+    resets: dict[str, int]
+    """restarts so far, by their reason"""
 
 
 @dataclass
@@ -52,30 +66,41 @@ class Run:
     learning_rate: LearningRate
     penalty_weight: PenaltyWeight
     budget: Budget | None
+    first_epoch: int
     first_step: int
+    """Steps behind the run, of all epochs; where they are all of first_epoch's, only what follows its steps is left"""
     epoch_loss: tuple[float, float]
-    """Summed loss and images of this worker in the epoch that a resumed run begins within"""
+    """Summed loss, and images, of all workers in the epoch that the run begins within"""
+    best_error: float | None
+    """Lowest top-1 error on the evaluated images so far"""
+    gradient_bytes: int
+    """Bytes of gradients a step gives to the allreduce"""
+    checkpoints: checkpoint.Writer
     telemetry: Telemetry
     training_images: Loader
     """The training split, augmented, for the steps"""
     train_images: Loader
     """The training split as it is, for evaluation and metric"""
     test_images: Loader
+    resources: ExitStack
+    resets: dict[str, int]
+    committed: Committed | None = None
+    """The last state committed, in an elastic world"""
+    plain_gradient_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=200))
+    """Of the last plain steps: what a regularized step's are compared with"""
 
     def close(self) -> None:
-        """Write out the records, free the port, end the loaders."""
-        self.telemetry.close()
-        for loader in (self.training_images, self.train_images, self.test_images):
-            loader.close()
+        """Finish what is being saved, close the records, free the port, end the loaders."""
+        self.resources.close()
 
     def penalised(self, part: Part, step: int) -> int | None:
         """How many of a worker's sub-batches a step of the regularized phase penalises; None: its parts do not split.
 
-        A last, smaller global batch is regularized only if every worker's part of it splits into whole sub-batches:
-        their size is the penalty's strength.
+        A last, smaller global batch is regularized only if it splits into whole sub-batches: their size is the
+        penalty's strength.
         """
         size, settings = self.sub_batch_size, self.config.regularizer
-        if size is None or part.global_size % (size * self.world.size):
+        if size is None or part.global_size % size:
             return None
         sub_batches = len(part.samples) // size
         if self.budget is not None:
@@ -84,7 +109,7 @@ class Run:
 
     def penalty(self, part: Part, penalised: int | None, beta: float | None) -> dict[str, Any] | None:
         """Arguments of `regularized_backward` for a step; None for a plain one."""
-        if beta is None or not penalised:
+        if beta is None or penalised is None or (self.budget is not None and penalised == 0):
             return None
         s = self.config.regularizer
         return {
@@ -97,38 +122,62 @@ class Run:
         }
 
 
-def save(run: Run, step: int, epoch_loss: tuple[float, float] = (0.0, 0.0)) -> None:
-    """Write the state after so many steps; rank 0 writes, a failure ends every worker.
+def snapshot(run: Run, epoch: int, step: int, epoch_loss: tuple[float, float] = (0.0, 0.0)) -> checkpoint.State:
+    """A copy of the state after so many steps, for this worker to go on from within or before an epoch."""
+    return {
+        "epoch": epoch,
+        "step": step,
+        "epochs": step / run.order.steps,
+        "epoch_loss": epoch_loss,
+        "best_error": run.best_error,
+        "by_rank": [],
+        "model": checkpoint.copied(run.model.state_dict()),
+        "optimizer": checkpoint.copied(run.optimizer.state_dict()),
+        "learning_rate": checkpoint.copied(run.learning_rate.state_dict()),
+        "penalty_weight": checkpoint.copied(run.penalty_weight.state_dict()),
+        "budget": run.budget and checkpoint.copied(run.budget.state_dict()),
+        "settings": _settings(run.config, run.dataset, run.order),
+        "config": to_dict(run.config),
+        "classes": run.dataset.classes,
+        "image_size": run.image_size,
+    }
 
-    ``epoch_loss``: this worker's summed loss and images of an epoch that is not over. What differs between workers
-    within an epoch, that and BatchNorm's running statistics, is kept for each.
+
+def save(run: Run, state: checkpoint.State, best: bool = False) -> None:
+    """Begin to write a state that every worker has; rank 0 writes it, beside the training.
+
+    What differs between workers within an epoch, BatchNorm's running statistics, is kept for each.
     """
-    within = step % run.order.steps != 0
-    by_rank = run.world.gather((epoch_loss, {k: b.cpu() for k, b in run.model.named_buffers()}) if within else None)
-    with run.world.together():
-        if run.world.rank == 0:
-            state = {
-                "step": step,
-                "epochs": step / run.order.steps,
-                "by_rank": by_rank if within else [],
-                "model": run.model.state_dict(),
-                "optimizer": run.optimizer.state_dict(),
-                "learning_rate": run.learning_rate.state_dict(),
-                "penalty_weight": run.penalty_weight.state_dict(),
-                "budget": run.budget and run.budget.state_dict(),
-                "settings": _settings(run.config, run.dataset, run.order),
-                "config": to_dict(run.config),
-                "classes": run.dataset.classes,
-                "image_size": run.image_size,
-            }
-            checkpoint.save(run.directory / "checkpoints", step, state, run.config.checkpoint.keep)
+    if state["epoch"] * run.order.steps != state["step"]:
+        buffers = {name: state["model"][name].cpu() for name, _ in run.model.named_buffers()}
+        state = {**state, "by_rank": run.world.gather(buffers)}
+    if run.world.rank == 0:
+        run.checkpoints.begin(state["step"], state, best)
 
 
-def prepare_run(config: Config, recipe: Path, world: Solo) -> Run:
-    """Everything up to the first step. Raises `UserError` on every worker for a user's mistake met by any."""
+def weights_digest(model: nn.Module, buffers: bool) -> str:
+    """A hash of all weights, bit by bit, and of the buffers if they are to be the same as well."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in (*model.parameters(), *(model.buffers() if buffers else ())):
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def prepare_run(config: Config, recipe: Path, world: Solo, committed: Committed | None = None) -> Run:
+    """Everything up to the first step. Raises `UserError` on every worker for a user's mistake met by any.
+
+    ``committed``: what a worker of a restarted world goes on from; one that has just joined has none.
+    """
+    with ExitStack() as resources:
+        return _prepare_run(config, recipe, world, committed, resources)
+
+
+def _prepare_run(config: Config, recipe: Path, world: Solo, committed: Committed | None, resources: ExitStack) -> Run:
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.threads or max(1, cores // world.local_size))
     with world.together():
+        if world.elastic:
+            _check_elastic(config)
         if config.data.path == "fashion-mnist" and world.local_rank == 0 and not EMBEDDED.exists():
             _prepare_embedded()
     with world.together():
@@ -139,11 +188,11 @@ def prepare_run(config: Config, recipe: Path, world: Solo) -> Run:
         torch.manual_seed(config.seed)
         model = models.build(config.model, classes=len(dataset.classes), image_size=image_size).to(world.device)
         data = config.data
-        local_batch = math.ceil(order.global_batch / world.size)
+        local_batch = order.largest_part(world.size)
         evaluated = config.evaluation.batch_size
 
         def loader(split: str, backend: Backend, augmentation: str, batch_size: int, color_jitter: float) -> Loader:
-            return open_loader(
+            made = open_loader(
                 splits[split],
                 backend=backend,
                 augmentation=augmentation,
@@ -160,19 +209,40 @@ def prepare_run(config: Config, recipe: Path, world: Solo) -> Run:
                 rank=world.rank,
                 world_size=world.size,
             )
+            resources.callback(made.close)
+            return made
 
         exact: Backend = "torch" if data.backend == "webdataset" else data.backend
         training_images = loader("train", data.backend, data.augmentation, local_batch, data.color_jitter)
         train_images = loader("train", exact, config.evaluation.transform, max(evaluated, config.metric.samples), 0.0)
         test_images = loader("test", exact, config.evaluation.transform, evaluated, 0.0)
     with world.together():
-        telemetry = Telemetry(config.telemetry, rank=world.rank, local_rank=world.local_rank, world_size=world.size)
+        info = {"model": config.model, "recipe": recipe.stem, "backend": data.backend, "precision": config.precision}
+        info |= {"way": config.regularizer.way, "derivative": config.regularizer.derivative}
+        telemetry = Telemetry(
+            config.telemetry, rank=world.rank, local_rank=world.local_rank, world_size=world.size, info=info
+        )
+        resources.callback(telemetry.close)
+
+    resets: dict[str, int] = {}
     directory, state = Path(), None
-    with world.together():
-        if world.rank == 0:
-            directory, state = _directory_and_state(config, recipe, _settings(config, dataset, order))
-    directory, state = world.broadcast((directory, state))
-    first_step = 0 if state is None else state["step"]
+    held = world.gather(-1 if committed is None else committed.state["step"])
+    if max(held) >= 0:
+        # A worker may have got the averaged gradient of a step that another was lost in: its state is the newest.
+        source = held.index(max(held))
+        newest = None
+        if committed is not None and world.rank == source:
+            newest = (committed.directory, checkpoint.copied(committed.state, "cpu"), committed.resets)
+        directory, state, resets = world.broadcast(newest, root=source)
+        own = None if committed is None or committed.state["step"] != state["step"] else committed.state["model"]
+        names = {name for name, _ in model.named_buffers()}
+        buffers = world.gather(own and {name: tensor.cpu() for name, tensor in own.items() if name in names})
+        state = {**state, "by_rank": [b for b in buffers if b is not None]}
+    else:
+        with world.together():
+            if world.rank == 0:
+                directory, state = _directory_and_state(config, recipe, _settings(config, dataset, order), order)
+        directory, state = world.broadcast((directory, state))
 
     scale = order.global_batch / (config.optimizer.reference_batch_size or order.global_batch)
     learning_rate = LearningRate(config.schedule, config.optimizer.learning_rate * scale, config.epochs, order.steps)
@@ -180,6 +250,7 @@ def prepare_run(config: Config, recipe: Path, world: Solo) -> Run:
     budget = None
     if config.regularizer.budget is not None and sub_batch_size is not None:
         budget = Budget(config.regularizer.budget, local_batch // sub_batch_size, config.seed)
+        telemetry.event("budget", overhead_budget_ratio=config.regularizer.budget)
     optimizer = world.distribute(_optimizer(config.optimizer, model), model)
     if state is not None:
         with world.together():
@@ -187,15 +258,20 @@ def prepare_run(config: Config, recipe: Path, world: Solo) -> Run:
         optimizer.load_state_dict(state["optimizer"])
         learning_rate.load_state_dict(state["learning_rate"])
         penalty_weight.load_state_dict(state["penalty_weight"])
-        if budget is not None:
+        if budget is not None and state["budget"] is not None:
             budget.load_state_dict(state["budget"])
-    epoch_loss = _restore_by_rank(model, state["by_rank"], world) if state is not None else (0.0, 0.0)
+        _restore_buffers(model, state["by_rank"], world)
 
+    first_epoch, first_step = (0, 0) if state is None else (state["epoch"], state["step"])
+    writer = checkpoint.Writer(directory / "checkpoints", config.checkpoint.keep)
+    resources.callback(writer.wait)
     with world.together():
         if world.rank == 0:
             (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+            checkpoint.remove_unfinished(directory / "checkpoints")
             checkpoint.write_atomically(directory / "config.yaml", lambda file: file.write(to_yaml(config).encode()))
-            telemetry.begin(directory / "records.jsonl", order.steps * config.epochs, first_step)
+        over = first_step == first_epoch * order.steps
+        telemetry.begin(directory / "records.jsonl", order.steps * config.epochs, first_step, over)
     return Run(
         config=config,
         world=world,
@@ -210,30 +286,51 @@ def prepare_run(config: Config, recipe: Path, world: Solo) -> Run:
         learning_rate=learning_rate,
         penalty_weight=penalty_weight,
         budget=budget,
+        first_epoch=first_epoch,
         first_step=first_step,
-        epoch_loss=epoch_loss,
+        epoch_loss=(0.0, 0.0) if state is None else tuple(state["epoch_loss"]),
+        best_error=None if state is None else state["best_error"],
+        gradient_bytes=0 if world.size == 1 else sum(p.nbytes for p in model.parameters() if p.requires_grad),
+        checkpoints=writer,
         telemetry=telemetry,
         training_images=training_images,
         train_images=train_images,
         test_images=test_images,
+        resources=resources.pop_all(),
+        resets=resets,
     )
 
 
-def _restore_by_rank(model: nn.Module, by_rank: list[Any], world: Solo) -> tuple[float, float]:
-    """Give every worker what was its own within an epoch; at another number of workers, the mean and the sum."""
-    epoch_loss = (0.0, 0.0)
+def _check_elastic(config: Config) -> None:
+    """What a run of a changing number of workers needs: a global batch and a strength that do not follow it."""
+    if config.data.global_batch_size is None:
+        raise ValueError(
+            "data.global_batch_size must be given where the number of workers may change, "
+            f"got data.batch_size={config.data.batch_size} (images a worker)"
+        )
+    if config.regularizer.sub_batches is not None:
+        raise ValueError(
+            "regularizer.sub_batch_size must be given where the number of workers may change, "
+            f"got regularizer.sub_batches={config.regularizer.sub_batches} (a worker)"
+        )
+    if config.data.backend == "webdataset":
+        raise ValueError(
+            "data.backend=webdataset keeps no order that another number of workers could go on with: use dali"
+        )
+    if config.run_dir is None:
+        raise ValueError("run_dir must be given where the number of workers may change: any worker may become rank 0")
+
+
+def _restore_buffers(model: nn.Module, by_rank: list[dict[str, torch.Tensor]], world: Solo) -> None:
+    """Give every worker the buffers that were its own within an epoch; at another number of workers, the mean."""
     if not by_rank:
-        return epoch_loss
+        return
     if len(by_rank) == world.size:
-        epoch_loss, buffers = by_rank[world.rank]
+        buffers = by_rank[world.rank]
     else:
-        names = by_rank[0][1].keys()
-        buffers = {k: torch.stack([b[k].double() for _, b in by_rank]).mean(0) for k in names}
-        if world.rank == 0:
-            epoch_loss = (sum(loss[0] for loss, _ in by_rank), sum(loss[1] for loss, _ in by_rank))
+        buffers = {k: torch.stack([b[k].double() for b in by_rank]).mean(0) for k in by_rank[0]}
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
-    return epoch_loss
 
 
 def select_splits(config: Config, dataset: Dataset) -> dict[str, Split]:
@@ -290,26 +387,33 @@ def _plan(config: Config, split: Split, workers: int) -> tuple[Order, int | None
         raise ValueError(
             f"data.global_batch_size must be at least the number of workers, got {global_batch} and {workers}"
         )
-    order = Order(samples, min(global_batch, samples), config.seed, data.remainder, data.mixing, split.index["shard"])
+
+    def order(unit: int) -> Order:
+        batch, shards = min(global_batch, samples), split.index["shard"]
+        return Order(samples, batch, config.seed, data.remainder, data.mixing, shards, unit=unit)
+
     if regularizer.when == "never":
-        return order, None
-    local, uneven = divmod(global_batch, workers)
-    if uneven:
+        return order(1), None
+    size = regularizer.sub_batch_size
+    if size is None:
+        assert regularizer.sub_batches is not None
+        size, uneven = divmod(global_batch, workers * regularizer.sub_batches)
+        if uneven:
+            raise ValueError(
+                f"regularizer.sub_batches must divide every worker's share of the global batch, got "
+                f"{regularizer.sub_batches}, {global_batch} images and {workers} workers: give sub_batch_size instead"
+            )
+    elif global_batch % size:
         raise ValueError(
-            "data.global_batch_size must be a multiple of the number of workers where the regularizer is used, "
-            f"got {global_batch} and {workers} workers: give data.batch_size (images a worker) instead"
+            f"regularizer.sub_batch_size must divide the global batch, got {size} and {global_batch} images"
         )
-    for name in ("sub_batches", "sub_batch_size"):
-        value = getattr(regularizer, name)
-        if value is not None and local % value:
-            raise ValueError(f"regularizer.{name} must divide the local batch, got {value} and {local} images a worker")
-    size = regularizer.sub_batch_size or local // (regularizer.sub_batches or 1)
-    if regularizer.sampled is not None and regularizer.sampled > local // size:
+    most = -(-(global_batch // size) // workers)
+    if regularizer.sampled is not None and regularizer.sampled > most:
         raise ValueError(
-            f"regularizer.sampled must be at most the number of sub-batches, "
-            f"got {regularizer.sampled} and {local // size}"
+            f"regularizer.sampled must be at most the number of sub-batches of a worker, "
+            f"got {regularizer.sampled} and {most}"
         )
-    return order, size
+    return order(size), size
 
 
 def _optimizer(settings: OptimizerSettings, model: nn.Module) -> torch.optim.Optimizer:
@@ -337,27 +441,36 @@ def _settings(config: Config, dataset: Dataset, order: Order) -> dict[str, Any]:
 
 
 def _directory_and_state(
-    config: Config, recipe: Path, settings: dict[str, Any]
+    config: Config, recipe: Path, settings: dict[str, Any], order: Order
 ) -> tuple[Path, checkpoint.State | None]:
     """The run's directory, and the checkpoint it goes on from, if any."""
     directory = Path(config.run_dir) if config.run_dir else None
     occupied = directory is not None and (directory / "records.jsonl").exists()
-    if config.resume is None or (config.resume == "auto" and not occupied):
-        if occupied:
+    begun = directory is not None and checkpoint.newest_first(directory / "checkpoints")
+    if config.resume is None or (config.resume == "auto" and not begun):
+        if occupied and config.resume is None:
             raise ValueError(
                 f"run_dir {directory} holds a run already: go on from it with resume=auto, or give another run_dir"
             )
         return directory or Path("runs") / f"{recipe.stem}-{time.strftime('%Y%m%d-%H%M%S')}", None
     assert directory is not None or config.resume != "auto"
-    path = checkpoint.find(directory if directory and config.resume == "auto" else Path(config.resume))
-    state = checkpoint.load(path)
+    place = directory if directory and config.resume == "auto" else Path(config.resume)
+    path, state = checkpoint.load_newest(place, lambda text: print(text, file=sys.stderr, flush=True))
     different = [
         f"{name}={settings.get(name)} (checkpoint: {state['settings'].get(name)})"
         for name in sorted(settings.keys() | state["settings"].keys())
         if settings.get(name) != state["settings"].get(name)
     ]
+    if different and not config.resume_changed:
+        raise ValueError(
+            f"resume: {path} was trained with other settings: {', '.join(different)}: "
+            "give those of the checkpoint, or resume_changed=true to go on with the new ones"
+        )
     if different:
-        raise ValueError(f"resume: {path} was trained with other settings: {', '.join(different)}")
+        print(f"resume: {path} goes on with changed settings: {', '.join(different)}", file=sys.stderr, flush=True)
+        if any(text.startswith(("data.", "seed=")) for text in different):  # another sequence of global batches
+            print(f"resume: epoch {state['epoch'] + 1} begins anew", file=sys.stderr, flush=True)
+            state |= {"step": state["epoch"] * order.steps, "epoch_loss": (0.0, 0.0), "by_rank": []}
     if state["epochs"] >= config.epochs:
         raise ValueError(
             f"resume: {path} has all of its {state['epochs']:g} epochs behind it, got epochs={config.epochs}: "

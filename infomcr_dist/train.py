@@ -6,38 +6,74 @@
 Without a recipe it trains launch/recipes/demo.yaml on Fashion-MNIST. SIGTERM or SIGINT to any worker ends all of them
 after the step they are in, with that step saved. Exit code 0: trained; 75: stopped, go on with resume=auto; 2: a
 mistake in the settings or the data, named in one line; 1: anything else.
+
+Under launch/elastic.sh workers may come and go: every worker keeps the state after the last step in memory, and a world
+of another size goes on from there. A worker that gets SIGTERM there leaves after its step, and the others go on.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import sys
 import time
 from array import array
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from infomcr_dist.budget import WINDOW
+from infomcr_dist.checkpoint import write_atomically
 from infomcr_dist.config import Config
 from infomcr_dist.evaluate import Curvature, Errors, estimate_curvature, evaluate
 from infomcr_dist.fisher import Estimate
 from infomcr_dist.functional import functional_loss, trainable_parameters
 from infomcr_dist.options import load_config
-from infomcr_dist.regularizer import Losses, health, regularized_backward
-from infomcr_dist.run import Run, prepare_run, save
+from infomcr_dist.regularizer import Losses, health, plain_backward, regularized_backward
+from infomcr_dist.run import Committed, Run, prepare_run, save, snapshot, weights_digest
 from infomcr_dist.schedules import TimeShare
 from infomcr_dist.telemetry import StepRecord
-from infomcr_dist.world import Solo, Stopped, StopRequest, UserError, connect, report_and_leave
+from infomcr_dist.watchdog import Watchdog
+from infomcr_dist.world import (
+    Diverged,
+    HostsChanged,
+    Solo,
+    Stopped,
+    StopRequest,
+    UserError,
+    connect,
+    report_and_leave,
+)
 
 DEMO = Path(__file__).parent.parent / "launch" / "recipes" / "demo.yaml"
 Durations = dict[str, "array[float]"]
 _MEASURED_STEPS = 20
 """Regularized steps after which their overhead is announced."""
+
+
+class Outcome(NamedTuple):
+    """What an update did; the same on every worker but for ``local`` and the times."""
+
+    loss: float
+    """L(B, w) of the global batch"""
+    penalty: float
+    """R_α of the global batch"""
+    gradient_norm: float
+    finite: bool
+    told: list[float]
+    """sums over the workers of what each told"""
+    local: Losses
+    """of this worker's part"""
+    gradient_seconds: float
+    allreduce_wait_seconds: float
+    update_seconds: float
 
 
 def train_step(
@@ -51,38 +87,53 @@ def train_step(
     penalty: dict[str, Any] | None,
     bf16: bool = False,
     clip_gradient_norm: float | None = None,
-) -> tuple[Losses, float, float]:
+    max_batch_size: int | None = None,
+    tell: Sequence[float] = (),
+) -> Outcome:
     """One update of L + βR_α (Jia & Su 2020, Algorithm 1), or of L where ``penalty`` is None.
 
     ``batch``: images (B, 3, H, W) float32, labels (B,) int64, of this worker; ``weight``: this worker's share of the
-    global batch times the number of workers, so that the mean over workers is the mean over images. Returns the losses,
-    the 2-norm of the averaged gradient and the seconds spent waiting for the allreduce. Where that norm is not finite
-    the update is left out, BatchNorm's running statistics too: the average is the same on every worker, so all do so.
+    global batch times the number of workers, so that the mean over workers is the mean over images. ``tell``: numbers
+    to be added up over the workers while they wait for the gradient. Where loss, penalty or gradient of any worker is
+    not finite, all leave the update out, BatchNorm's running statistics too.
     """
+    began = time.perf_counter()
     images, labels = batch
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     optimizer.zero_grad()
-    losses = Losses(torch.zeros(()), torch.zeros(()))
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        if penalty is not None:
-            losses = regularized_backward(model, criterion, images, labels, weight=weight, **penalty)
-        elif len(labels):  # a last, smaller global batch may leave a worker without images: its gradient is zero
-            loss = criterion(model(images), labels)
-            (loss * weight).backward()
-            losses = Losses(loss.detach(), torch.zeros(()))
-    before = time.perf_counter()
+    local = Losses(torch.zeros((), device=images.device), torch.zeros((), device=images.device))
+    if len(labels):  # a small global batch may leave a worker without images: its gradient is zero
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            common: dict[str, Any] = {"weight": weight, "max_batch_size": max_batch_size}
+            if penalty is None:
+                local = plain_backward(model, criterion, images, labels, **common)
+            else:
+                local = regularized_backward(model, criterion, images, labels, **common, **penalty)
+    told = torch.tensor(tell, dtype=torch.float64, device=images.device)
+    share = weight / world.size
+    sums = world.sum_later(torch.cat([torch.stack([local.loss, local.penalty]).double() * share, told]))
+    if images.is_cuda:
+        torch.cuda.current_stream().synchronize()  # so that what follows is the wait for the others
+    computed = time.perf_counter()
     world.average_gradients(optimizer)
-    waited = time.perf_counter() - before
+    averaged = time.perf_counter()
+    loss, penalty_value, *told_by_all = sums()
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if torch.isfinite(norm):
+    gradient_norm = norm.item()
+    finite = all(map(math.isfinite, (loss, penalty_value, gradient_norm)))
+    if finite:
         if clip_gradient_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, clip_gradient_norm, norm)
         world.update(optimizer)
     else:
         for buffer, before_step in buffers:
             buffer.copy_(before_step)
-    return losses, norm.item(), waited
+    if images.is_cuda:
+        torch.cuda.current_stream().synchronize()
+    ended = time.perf_counter()
+    times = (computed - began, averaged - computed, ended - averaged)
+    return Outcome(loss, penalty_value, gradient_norm, finite, told_by_all, local, *times)
 
 
 def train(run: Run, stop: StopRequest) -> None:
@@ -119,38 +170,50 @@ def train(run: Run, stop: StopRequest) -> None:
             gamma_hat=result.gamma_hat.mean,
             gamma_hat_standard_error=result.gamma_hat.standard_error,
             gamma_hat_cost_seconds=metric_time.last,
+            metric_duration_seconds=metric_time.last,
             fisher_trace=result.trace.mean,
             fisher_spectral_radius=result.spectral_radius.mean,
             trials=m.trials,
             samples=m.samples,
-            singular=result.gamma_hat.singular,
+            gamma_hat_singular_trials=result.gamma_hat.singular,
         )
         return result
 
     test = train = metric = None
-    for epoch in range(run.first_step // run.order.steps, config.epochs):
+    _commit(run, run.first_epoch, run.first_step, run.epoch_loss)
+    for epoch in range(run.first_epoch, config.epochs):
         last = epoch + 1 == config.epochs
         training_loss = train_epoch(run, epoch, criterion, durations, stop)
         run.learning_rate.end_epoch(epoch, training_loss)
         world.average_buffers(run.model)
+        _compare_weights(run, (epoch + 1) * run.order.steps, buffers=True)
         test = errors("test") if last or _due(epoch, config.evaluation.every_epochs) else None
         train = errors("train") if last or _due(epoch, config.evaluation.train_every_epochs) else None
         metric = measure() if metric_due(last) else None
         telemetry.event("epoch", epoch=epoch + 1, epochs_completed=epoch + 1, training_loss=training_loss)
         telemetry.say(_epoch_line(epoch + 1, config.epochs, training_loss, test, train, metric, metric_time))
-        if last or _due(epoch, config.checkpoint.every_epochs):
-            save(run, (epoch + 1) * run.order.steps)
+        due, best = last or _due(epoch, config.checkpoint.every_epochs), False
+        if due and test is not None and (run.best_error is None or test.top1_error_ratio < run.best_error):
+            run.best_error, best = test.top1_error_ratio, True
+        state = _commit(run, epoch + 1, (epoch + 1) * run.order.steps)
+        if due:
+            save(run, state, best)
     assert test is not None
     assert train is not None
     plain, regularized = _medians(durations)
     telemetry.event("end", plain_step_seconds=plain, regularized_step_seconds=regularized)
+    failure = _last_save(run)
     telemetry.say(_summary(run, test, train, metric.gamma_hat if metric else None, durations))
+    telemetry.push()
+    if failure is not None:
+        raise Stopped(f"trained, but the last checkpoint is missing: {failure}", saved=False)
 
 
 def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations, stop: StopRequest) -> float:
     """Every global batch of an epoch once; returns the mean training loss over all workers' images.
 
-    Raises `Stopped` on every worker, after the same step and with that step saved, when any was asked to stop.
+    Raises `Stopped` after the same step on every worker, with that step saved, when any was asked to stop (in an
+    elastic world on those that were asked), and `HostsChanged` where the launcher has told of other hosts.
     """
     config, world, telemetry = run.config, run.world, run.telemetry
     start = max(0, run.first_step - epoch * run.order.steps)
@@ -160,7 +223,6 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
     skipped, nonfinite = len(run.training_images.skipped), 0
     began = time.perf_counter()
     for part in run.order.parts(epoch, world.rank, world.size, start):
-        stopping = world.any_later(stop.wanted)
         before = time.perf_counter()
         try:
             batch = next(batches)
@@ -173,15 +235,13 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
         rate = run.learning_rate.at(progress)
         was_on = run.penalty_weight.on_since is not None
         beta = run.penalty_weight.at(progress, rate)
-        if beta is not None and not was_on:
-            _announce_regularizer(run, epoch + 1, rate)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
         # Random masks and drawn sub-batches depend on the step alone, so that a resumed run draws the same.
         torch.manual_seed((config.seed * 1_000_003 + step) * 65_537 + world.rank)
         penalised = None if beta is None else run.penalised(part, step)
         penalty = run.penalty(part, penalised, beta)
-        losses, gradient_norm, allreduce_wait = train_step(
+        outcome = train_step(
             run.model,
             criterion,
             run.optimizer,
@@ -191,43 +251,45 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
             penalty=penalty,
             bf16=config.precision == "bf16",
             clip_gradient_norm=config.optimizer.clip_gradient_norm,
+            max_batch_size=config.data.max_batch_size,
+            tell=(stop.wanted, world.hosts_changed()),
         )
-        every = config.regularizer.health_every_steps
-        if penalty is not None and every and step % every == 0:
-            _report_health(run, criterion, batch)
-        loss = losses.loss.item()  # also waits for the device, so that the step's time is the step's
         phase = "plain" if penalty is None else "regularized"
-        total_loss, images_seen = total_loss + loss * len(part.samples), images_seen + len(part.samples)
+        if outcome.finite:
+            total_loss += outcome.loss * part.global_size
+            images_seen += part.global_size
         now = time.perf_counter()
         durations[phase].append(now - began)
         record = StepRecord(
             step=step + 1,
             epoch=epoch + 1,
             phase=phase,
-            loss=loss,
-            penalty=None if penalty is None else losses.penalty.item(),
+            loss=outcome.loss,
+            penalty=None if penalty is None else outcome.penalty,
             beta=None if penalty is None else beta,
             penalised=penalised,
-            gradient_norm=gradient_norm,
+            gradient_norm=outcome.gradient_norm,
+            finite=outcome.finite,
             learning_rate=rate,
             samples=len(part.samples),
+            global_samples=part.global_size,
+            world_size=world.size,
             data_errors=new_errors,
             step_duration_seconds=now - began,
             data_wait_seconds=data_wait,
-            allreduce_wait_seconds=allreduce_wait,
+            gradient_seconds=outcome.gradient_seconds,
+            allreduce_wait_seconds=outcome.allreduce_wait_seconds,
+            update_seconds=outcome.update_seconds,
+            penalty_duration_seconds=_penalty_duration(run, phase, outcome.gradient_seconds),
+            allreduce_bytes=run.gradient_bytes,
         )
         began = now
-        telemetry.step(record, part.global_size)
-        nonfinite = 0 if math.isfinite(gradient_norm) else nonfinite + 1
-        if nonfinite >= config.nonfinite_steps:
-            raise UserError(
-                f"the gradient was not finite in {nonfinite} steps in a row, up to step {step + 1} (loss {loss:g}, "
-                f"rate {rate:g}): lower optimizer.learning_rate or regularizer.beta, go on from the last checkpoint",
-                everywhere=True,
-            )
-        if stopping():
-            save(run, step + 1, (total_loss, images_seen))
-            raise Stopped(f"saved after step {step + 1}; go on with run_dir={run.directory} resume=auto")
+        telemetry.step(record)
+        if beta is not None and not was_on:
+            _announce_regularizer(run, epoch + 1, rate)
+        every = config.regularizer.health_every_steps
+        if penalty is not None and every and step % every == 0 and len(part.samples):
+            _report_health(run, criterion, batch)
         if run.budget is not None and (beta is None or penalised is not None):
             run.budget.observe(penalised, record.step_duration_seconds)
             if beta is not None and step % WINDOW == 0:
@@ -235,32 +297,191 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
                 run.budget.mean = world.broadcast(run.budget.propose())
         if phase == "regularized" and len(durations[phase]) == _MEASURED_STEPS:
             _announce_overhead(run, durations)
-    total_loss, images_seen = world.sum([total_loss, images_seen])
-    return total_loss / images_seen
+        nonfinite = 0 if outcome.finite else nonfinite + 1
+        if nonfinite:
+            _tell_nonfinite(run, step + 1, outcome, rate, nonfinite)
+        if config.compare_weights_steps and (step + 1) % config.compare_weights_steps == 0:
+            _compare_weights(run, step + 1)
+        _tell_saved(run)
+        if telemetry.launcher_gone:
+            stop.want()
+        asked, hosts_changed = outcome.told
+        due = config.checkpoint.every_steps is not None and (part.step + 1) % config.checkpoint.every_steps == 0
+        if world.elastic or asked or due:
+            state = _commit(run, epoch, step + 1, (total_loss, images_seen))
+            if asked or due:
+                save(run, state)
+        if asked:
+            _stop(run, step + 1, leave=stop.wanted or not world.elastic)
+        if hosts_changed:
+            raise HostsChanged
+    return total_loss / images_seen if images_seen else math.nan
 
 
 def main(arguments: list[str]) -> int:
     """The command; returns the exit code."""
-    world = connect()
+    config, recipe, mistake = Config(), DEMO, None
     try:
-        config, recipe = Config(), DEMO
-        with world.together():
-            given = [a for a in arguments if "=" not in a]
-            if len(given) > 1:
-                raise ValueError(f"give one recipe, then key=value settings, got {' '.join(given)}")
-            recipe = Path(given[0]) if given else DEMO
-            config = load_config(Config, recipe, [a for a in arguments if "=" in a])
-        run = prepare_run(config, recipe, world)
+        given = [a for a in arguments if "=" not in a]
+        if len(given) > 1:
+            raise ValueError(f"give one recipe, then key=value settings, got {' '.join(given)}")
+        recipe = Path(given[0]) if given else DEMO
+        config = load_config(Config, recipe, [a for a in arguments if "=" in a])
+    except ValueError as error:
+        mistake = error
+    world = connect(config.hang_seconds)
+    stop = StopRequest(config.stop_seconds)
+    with ExitStack() as stack:
+        stack.callback(stop.close)
+        if config.hang_seconds is not None and world.size > 1:
+            stack.callback(Watchdog(f"rank {world.rank}", config.hang_seconds).close)
+        if config.pid_dir is not None:
+            stack.callback(_pid_file(config.pid_dir, world).unlink, missing_ok=True)
         try:
-            with StopRequest() as stop:
-                train(run, stop)
-        finally:
-            run.close()
-    except world.ends as error:
-        return report_and_leave(world, error)
-    world.barrier()
-    world.close()
+            _run_to_the_end(config, recipe, mistake, world, stop)
+        except world.ends as error:
+            return report_and_leave(world, error)
+        if not world.elastic:
+            world.barrier()
+        world.close()
     return 0
+
+
+def _run_to_the_end(config: Config, recipe: Path, mistake: Exception | None, world: Solo, stop: StopRequest) -> None:
+    """Prepare and train; where an elastic world is restarted, again from the last committed step.
+
+    All collectives are within the loop: a worker that joins meets the others at its beginning.
+    """
+    committed: Committed | None = None
+    while True:
+        run = None
+        try:
+            with world.together():
+                if mistake is not None:
+                    raise mistake
+                if config.pid_dir is not None:
+                    path = _pid_file(config.pid_dir, world)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_atomically(path, lambda file: file.write(b"%d\n" % os.getpid()))
+            run = prepare_run(config, recipe, world, committed)
+            stop.listen()
+            if committed is not None:
+                _tell_reset(run)
+            train(run, stop)
+            return
+        except world.resets as error:
+            committed = run.committed if run is not None and run.committed is not None else committed
+            if committed is not None:
+                reason = "hosts_changed" if isinstance(error, HostsChanged) else "worker_lost"
+                committed.resets[reason] = committed.resets.get(reason, 0) + 1
+        finally:
+            if run is not None:
+                run.close()
+        world.restart()
+
+
+def _pid_file(directory: str, world: Solo) -> Path:
+    return Path(directory) / f"rank-{world.local_rank}.pid"
+
+
+def _commit(run: Run, epoch: int, step: int, epoch_loss: tuple[float, float] = (0.0, 0.0)) -> dict[str, Any]:
+    """A copy of the state; an elastic world goes on from the last one."""
+    state = snapshot(run, epoch, step, epoch_loss)
+    if run.world.elastic:
+        run.committed = Committed(run.directory, state, dict(run.resets))
+    return state
+
+
+def _stop(run: Run, step: int, leave: bool) -> None:
+    """End this worker, with the step saved; or wait until it is, where only others were asked to leave."""
+    failure = _last_save(run)
+    if leave:
+        again = f"go on with run_dir={run.directory} resume=auto"
+        if failure is not None:
+            raise Stopped(
+                f"step {step} could not be saved: {failure}; {again} from the checkpoint before it", saved=False
+            )
+        raise Stopped(f"saved after step {step}; {again}")
+
+
+def _last_save(run: Run) -> str | None:
+    """Wait until the last checkpoint is written; why it could not be, on every worker."""
+    run.checkpoints.wait()
+    return run.world.broadcast(_tell_saved(run))  # type: ignore[no-any-return]
+
+
+def _tell_saved(run: Run) -> str | None:
+    """Report the checkpoints that were written or failed since the last call; why the last of them failed."""
+    failure = None
+    for saved in run.checkpoints.finished():
+        failure = saved.error
+        run.telemetry.event(
+            "checkpoint",
+            saved_step=saved.step,
+            outcome="written" if saved.error is None else "failed",
+            checkpoint_duration_seconds=saved.seconds,
+            error=saved.error,
+        )
+        if saved.error is not None:
+            run.telemetry.say(f"checkpoint: {saved.error}; training goes on, the checkpoint before it is kept")
+    return failure
+
+
+def _tell_reset(run: Run) -> None:
+    run.telemetry.event("reset", elastic_resets=run.resets, world_size=run.world.size)
+    counts = ", ".join(f"{reason.replace('_', ' ')} {count}" for reason, count in run.resets.items())
+    run.telemetry.say(
+        f"the run goes on after step {run.first_step} with {run.world.size} workers (restarts so far: {counts})"
+    )
+
+
+def _tell_nonfinite(run: Run, step: int, outcome: Outcome, rate: float, in_a_row: int) -> None:
+    """Say what was not finite, and where; end the run after too many in a row."""
+    local = run.world.gather([bool(torch.isfinite(value)) for value in outcome.local])
+    what = [
+        f"{name} of rank {r}"
+        for r, ok in enumerate(local)
+        for name, fine in zip(Losses._fields, ok, strict=True)
+        if not fine
+    ]
+    if not what:
+        bad = [n for n, p in run.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        what = [f"gradient of {', '.join(bad[:3])}" + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")]
+    run.telemetry.event("nonfinite", what=what, in_a_row=in_a_row)
+    message = f"step {step} was left out: not finite: {', '.join(what)}"
+    run.telemetry.say(message)
+    if in_a_row >= run.config.nonfinite_steps:
+        raise UserError(
+            f"{message}; so were the {in_a_row - 1} before it (rate {rate:g}): lower optimizer.learning_rate or "
+            "regularizer.beta, go on from the last checkpoint",
+            everywhere=True,
+        )
+
+
+def _compare_weights(run: Run, step: int, buffers: bool = False) -> None:
+    """Raises `Diverged` on every worker where one has other weights than the rest."""
+    if run.world.size == 1:
+        return
+    digests = run.world.gather(weights_digest(run.model, buffers))
+    counts = Counter(digests)
+    if len(counts) > 1:
+        most, count = counts.most_common(1)[0]
+        others = [str(rank) for rank, digest in enumerate(digests) if digest != most]
+        who = f"rank {', '.join(others)} and the rest" if 2 * count > len(digests) else "the ranks, no two alike,"
+        raise Diverged(
+            f"{who} have different weights after step {step}: a fault of memory, processor or network; "
+            f"go on from a checkpoint of step {step - (run.config.compare_weights_steps or run.order.steps)} or earlier"
+        )
+
+
+def _penalty_duration(run: Run, phase: str, gradient_seconds: float) -> float | None:
+    """Seconds that a regularized step's gradient took beyond a plain one's (median of the last ones)."""
+    if phase == "plain":
+        run.plain_gradient_seconds.append(gradient_seconds)
+        return None
+    if not run.plain_gradient_seconds:
+        return None
+    return max(0.0, gradient_seconds - statistics.median(run.plain_gradient_seconds))
 
 
 def _announce_regularizer(run: Run, epoch: int, rate: float) -> None:
@@ -268,7 +489,7 @@ def _announce_regularizer(run: Run, epoch: int, rate: float) -> None:
     run.telemetry.event("regularizer_on", epoch=epoch, learning_rate=rate)
     run.telemetry.say(
         f"regularizer on in epoch {epoch}, at rate {rate:.3g}: {s.way}, α {s.alpha:g}, β {s.beta:g}, "
-        f"{run.order.global_batch // world.size // (size or 1)} sub-batches of {size} images a worker"
+        f"{run.order.largest_part(world.size) // (size or 1)} sub-batches of {size} images a worker"
     )
 
 

@@ -2,13 +2,18 @@
 
 ``connect()`` gives `Horovod` under ``horovodrun`` (or ``mpirun``) and `Solo` otherwise. This is the only file
 that imports horovod, so a single process needs none.
+
+Under ``horovodrun --host-discovery-script`` (launch/elastic.sh) the world is elastic: when a worker is lost or the
+launcher finds hosts that came or went, the ones that are left `restart` it at its new size.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -32,7 +37,22 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """Every worker was asked to stop, and has: the state is saved."""
+    """This worker was asked to stop, and has; the state is saved unless the message says otherwise.
+
+    ``saved``: whether it is.
+    """
+
+    def __init__(self, message: str, *, saved: bool = True) -> None:
+        super().__init__(message)
+        self.saved = saved
+
+
+class Diverged(Exception):
+    """The workers' weights are no longer the same; every worker raises it."""
+
+
+class HostsChanged(Exception):
+    """Hosts came or went: every worker of an elastic world raises it after the same step, to restart the world."""
 
 
 class Solo:
@@ -42,8 +62,11 @@ class Solo:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    ends: tuple[type[Exception], ...] = (UserError, Stopped)
+    elastic: bool = False
+    ends: tuple[type[Exception], ...] = (UserError, Stopped, Diverged)
     """What a command ends for with one line: a user's mistake, or a collective that misses a worker."""
+    resets: tuple[type[Exception], ...] = ()
+    """What an elastic world is restarted for; nothing elsewhere."""
 
     def __init__(self) -> None:
         self.device = _device(self.local_rank)
@@ -62,8 +85,8 @@ class Solo:
         """Update the weights from averaged gradients."""
         optimizer.step()
 
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on every worker."""
+    def broadcast(self, value: Any, root: int = 0) -> Any:
+        """One rank's value, on every worker."""
         return value
 
     def gather(self, value: Any) -> list[Any]:
@@ -74,9 +97,16 @@ class Solo:
         """Sums over the workers, in float64, added up in the order of ranks."""
         return [float(sum(column)) for column in zip(*self.gather(list(values)), strict=True)]
 
-    def any_later(self, flag: bool) -> Callable[[], bool]:
-        """Begin to ask whether the flag is set on any worker; calling the result waits for the answer."""
-        return lambda: flag
+    def sum_later(self, values: Tensor) -> Callable[[], list[float]]:
+        """Begin to add up a vector of numbers over the workers; calling the result waits for the sums."""
+        return values.tolist
+
+    def hosts_changed(self) -> bool:
+        """Whether the launcher has told this worker of hosts that came or went since the world began."""
+        return False
+
+    def restart(self) -> None:
+        """Begin anew, at another size and rank, after one of `resets`."""
 
     def average_buffers(self, model: nn.Module) -> None:
         """Replace floating-point buffers (BatchNorm's running statistics) by their mean over the workers."""
@@ -106,18 +136,50 @@ class Solo:
 
 
 class Horovod(Solo):
-    """The workers of a Horovod job; one process each, one GPU each where there are any."""
+    """The workers of a Horovod job; one process each, one GPU each where there are any.
 
-    def __init__(self) -> None:
+    ``hang_seconds``: after so long a worker that takes no part in a collective ends it, or a silent network (which is
+    given at least a minute: a start may take it).
+    """
+
+    def __init__(self, hang_seconds: float | None) -> None:
+        if hang_seconds is not None:  # read when Horovod starts; what the user has set for it stands
+            limit = str(math.ceil(hang_seconds))
+            os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(math.ceil(hang_seconds / 2)))
+            os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", limit)
+            os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(max(60, math.ceil(hang_seconds))))
         import horovod.torch as hvd
         from horovod.common.exceptions import HorovodInternalError
 
-        hvd.init()
         self._hvd = hvd
-        self.rank, self.size = hvd.rank(), hvd.size()
-        self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
-        self.ends = (UserError, Stopped, HorovodInternalError)
+        self._hosts_changed = False
+        self.elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
+        self._begin()
+        self.ends = (*self.ends, HorovodInternalError)
+        if self.elastic:
+            from horovod.common.elastic import notification_manager
+
+            self.resets = (HorovodInternalError, HostsChanged)
+            notification_manager.init()
+            notification_manager.register_listener(self)
         super().__init__()
+
+    def _begin(self) -> None:
+        self._hvd.init()
+        self.rank, self.size = self._hvd.rank(), self._hvd.size()
+        self.local_rank, self.local_size = self._hvd.local_rank(), self._hvd.local_size()
+
+    def on_hosts_updated(self, timestamp: int, update: Any) -> None:
+        """Called by Horovod, on rank 0, in a thread of its own."""
+        self._hosts_changed = True
+
+    def hosts_changed(self) -> bool:
+        return self._hosts_changed
+
+    def restart(self) -> None:
+        self._hosts_changed = False
+        self._hvd.shutdown()
+        self._begin()
 
     def distribute(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
         self._hvd.broadcast_parameters(model.state_dict(), root_rank=0)
@@ -133,17 +195,17 @@ class Horovod(Solo):
         with optimizer.skip_synchronize():  # type: ignore[attr-defined]
             optimizer.step()
 
-    def broadcast(self, value: Any) -> Any:
+    def broadcast(self, value: Any, root: int = 0) -> Any:
         # Without a name Horovod takes that of the value's type, and waits for ever where the workers' types differ.
-        return self._hvd.broadcast_object(value, root_rank=0, name="broadcast")
+        return self._hvd.broadcast_object(value, root_rank=root, name="broadcast")
 
     def gather(self, value: Any) -> list[Any]:
         values: list[Any] = self._hvd.allgather_object(value, name="gather")
         return values
 
-    def any_later(self, flag: bool) -> Callable[[], bool]:
-        handle = self._hvd.allreduce_async(torch.tensor(float(flag)), name="any", op=self._hvd.Sum)
-        return lambda: bool(self._hvd.synchronize(handle) > 0)
+    def sum_later(self, values: Tensor) -> Callable[[], list[float]]:
+        handle = self._hvd.allreduce_async(values, name="sums", op=self._hvd.Sum)
+        return lambda: self._hvd.synchronize(handle).tolist()
 
     def average_buffers(self, model: nn.Module) -> None:
         buffers = {name: b for name, b in model.named_buffers() if b.is_floating_point()}
@@ -160,51 +222,79 @@ class Horovod(Solo):
 
 
 class StopRequest:
-    """Within its context SIGTERM, and a first SIGINT, are a wish to stop; a second SIGINT ends the process at once."""
+    """From `listen` on, SIGTERM and a first SIGINT are a wish to stop; a second SIGINT ends the process at once.
+
+    ``seconds``: how long after the wish the process may still run; then it ends, saved or not.
+    """
 
     _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
         self.wanted = False
+        self._seconds = seconds
+        self._before: list[Any] = []
 
-    def __enter__(self) -> StopRequest:
-        self._before = [signal.signal(number, self._want) for number in self._SIGNALS]
-        return self
+    def listen(self) -> None:
+        """Take the signals; may be called again."""
+        if not self._before:
+            self._before = [signal.signal(number, self._on_signal) for number in self._SIGNALS]
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in zip(self._SIGNALS, self._before, strict=True):
+    def close(self) -> None:
+        """Give the signals back."""
+        for number, handler in zip(self._SIGNALS, self._before, strict=False):
             signal.signal(number, handler)
+        self._before = []
 
-    def _want(self, number: int, _: FrameType | None) -> None:
+    def want(self) -> None:
+        """Wish to stop."""
+        if not self.wanted:
+            self.wanted = True
+            timer = threading.Timer(self._seconds, self._overdue)
+            timer.daemon = True
+            timer.start()
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self.wanted:
             os._exit(130)
-        self.wanted = True
+        self.want()
+
+    def _overdue(self) -> None:
+        message = (
+            f"\nerror: not all workers ended their step within stop_seconds={self._seconds:g}: "
+            "ended without saving it; go on from the last checkpoint with resume=auto\n"
+        )
+        try:
+            os.write(2, message.encode())
+        finally:
+            os._exit(1)
 
 
-def connect() -> Solo:
+def connect(hang_seconds: float | None = None) -> Solo:
     """`Horovod` if a launcher started this process, else `Solo`; the device is this process's GPU, or the CPU."""
-    return Horovod() if any(name in os.environ for name in _LAUNCHED_BY) else Solo()
+    return Horovod(hang_seconds) if any(name in os.environ for name in _LAUNCHED_BY) else Solo()
 
 
 def report_and_leave(world: Solo, error: Exception) -> int:
     """Tell, in one line, why a command ends, once over all workers; returns its exit code.
 
-    2 for a `UserError`, 75 for `Stopped` (try again later, in sysexits.h), 1 where another worker is gone.
+    2 for a `UserError`, 75 for `Stopped` (try again later, in sysexits.h), 1 for anything else: diverged weights, a
+    state that could not be saved, another worker that is gone.
     """
-    if isinstance(error, Stopped):
+    everywhere = isinstance(error, Diverged | Stopped) or (isinstance(error, UserError) and error.everywhere)
+    if isinstance(error, Stopped) and error.saved:
+        code, kind = 75, "stopped"
+    else:
+        code, kind = 2 if isinstance(error, UserError) else 1, "error"
+    if everywhere:
         if world.rank == 0:
-            print(f"\nstopped: {error}", file=sys.stderr, flush=True)
-        world.barrier()
-        return 75
-    if isinstance(error, UserError) and error.everywhere:
-        if world.rank == 0:
-            print(f"\nerror: {error}", file=sys.stderr, flush=True)
-        world.barrier()  # nobody leaves, and is taken for the cause, before rank 0 has spoken
-        return 2
+            print(f"\n{kind}: {error}", file=sys.stderr, flush=True)
+        if not world.elastic:  # there others may go on
+            world.barrier()  # nobody leaves, and is taken for the cause, before rank 0 has spoken
+        return code
     gone = "another worker is gone; go on from the last checkpoint with resume=auto"
     reason = str(error) if isinstance(error, UserError) else gone
-    print(f"\nerror: rank {world.rank}: {reason}", file=sys.stderr, flush=True)
-    return 2 if isinstance(error, UserError) else 1
+    print(f"\n{kind}: rank {world.rank}: {reason}", file=sys.stderr, flush=True)
+    return code
 
 
 def _device(local_rank: int) -> torch.device:

@@ -4,14 +4,26 @@
 #   usage: launch/build_horovod.sh PYTHON        (an interpreter with torch, numpy, setuptools < 80, wheel and cmake)
 #
 # Horovod 0.28.1, its last release, compiles its own sources and torch's headers as C++14; torch has needed C++17 since
-# 2.1 and C++20 now. The fix below raises the standard in the two places that set it, and nothing else.
+# 2.1 and C++20 now: the first fix raises the standard in the two places that set it. The others are about trouble:
+# - Workers get up to 60 s instead of 5 between SIGTERM and SIGKILL, so that a long step can be finished and saved.
+# - ssh notices within 15 s that a host is off the network, which it otherwise never does.
+# - A worker of an elastic job that met an error must close its connections, on which others may wait until the network's
+#   time is up. Those of the process set stayed open, since their gloo context is never marked as enabled.
+# - The stall check never found a worker missing under gloo: the list of ranks it goes through had room, but no size.
 # The wheel is kept under ${XDG_CACHE_HOME:-~/.cache}/infomcr_dist, by everything that goes into it: the sdist's hash,
-# this script's fix, torch's version, Python's version, the platform and the build options.
+# this script's fixes, torch's version, Python's version, the platform and the build options.
 set -euo pipefail
 
 version=0.28.1
 sdist_sha256=92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0
-fix='s/set(CMAKE_CXX_STANDARD 14)/set(CMAKE_CXX_STANDARD 20)/'
+fixes=(    # FILE:TEXT:NEW TEXT
+    'CMakeLists.txt:set(CMAKE_CXX_STANDARD 14):set(CMAKE_CXX_STANDARD 20)'
+    'horovod/torch/CMakeLists.txt:set(CMAKE_CXX_STANDARD 14):set(CMAKE_CXX_STANDARD 20)'
+    'horovod/runner/common/util/safe_shell_exec.py:GRACEFUL_TERMINATION_TIME_S = 5:GRACEFUL_TERMINATION_TIME_S = 60'
+    'horovod/runner/util/remote.py:-o StrictHostKeyChecking=no:-o StrictHostKeyChecking=no -o ServerAliveInterval=5 -o ServerAliveCountMax=3'
+    'horovod/common/process_set.cc:  gloo_context.Finalize();:  gloo_context.Enable(); gloo_context.Finalize();'
+    'horovod/common/gloo/gloo_controller.cc:global_ranks_.reserve(size_):global_ranks_.resize(size_)'
+)
 
 python=${1:?usage: launch/build_horovod.sh PYTHON}
 say() { printf '%s\n' "$*" >&2; }
@@ -31,7 +43,7 @@ else
     options+=(HOROVOD_CPU_OPERATIONS=GLOO HOROVOD_GPU_OPERATIONS=NCCL)
 fi
 
-key=$(printf '%s\n' "$sdist_sha256" "$fix" "$facts" "${options[*]}" | sha256sum | cut -c1-16)
+key=$(printf '%s\n' "$sdist_sha256" "${fixes[@]}" "$facts" "${options[*]}" | sha256sum | cut -c1-16)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/infomcr_dist/horovod-$version-$key
 shopt -s nullglob
 wheels=("$cache"/horovod-*.whl)
@@ -53,9 +65,11 @@ sdist=$work/horovod-$version.tar.gz
 echo "$sdist_sha256  $sdist" | sha256sum --check --quiet >&2 || fail "the source of horovod $version is not the one expected (SHA-256 $sdist_sha256)"
 tar -xzf "$sdist" -C "$work"
 source=$work/horovod-$version
-sed -i "$fix" "$source/CMakeLists.txt" "$source/horovod/torch/CMakeLists.txt"
-[[ $(grep -l 'CMAKE_CXX_STANDARD 20' "$source/CMakeLists.txt" "$source/horovod/torch/CMakeLists.txt" | wc -l) == 2 ]] \
-    || fail "the C++ standard stands elsewhere than expected in Horovod's CMake files"
+for fix in "${fixes[@]}"; do
+    IFS=: read -r file text new <<<"$fix"
+    grep -qF -- "$text" "$source/$file" || fail "$file of Horovod does not hold the text to be changed: $text"
+    sed -i "s/$text/$new/" "$source/$file"
+done
 
 (cd "$source" && env "${options[@]}" MAKEFLAGS="-j$(nproc)" "$python" -m pip wheel --no-deps --no-build-isolation --wheel-dir "$work/wheel" .) >"$work/log" 2>&1 \
     || { tail -n 40 "$work/log" >&2; fail "the compilation failed (its last lines are above): a C++20 compiler (g++ 10 or later) and the headers of $python (Debian, Ubuntu: apt-get install g++ python3-dev) are needed"; }

@@ -42,8 +42,9 @@ class Order:
     remainder: "keep" makes a last, smaller global batch of what is left over; "drop" leaves it out of that epoch.
     mixing: "full" is a permutation of all samples. "window" is for disks on which jumping between files is slow:
     shards in random order, `window` of them at a time shuffled as one; it needs `shards`, the shard of every sample.
-    Rank r of n takes the r-th of n contiguous pieces of each global batch; pieces differ by at most one sample, and
-    in a small last batch some may be empty, so that every rank has `steps` steps.
+    Rank r of n takes the r-th of n contiguous pieces of each global batch; pieces differ by at most one `unit` of
+    samples (by one sample in a batch that is not a whole number of units), and in a small batch some may be empty, so
+    that every rank has `steps` steps.
     """
 
     samples: int
@@ -53,6 +54,7 @@ class Order:
     mixing: Mixing = "full"
     shards: NDArray[Any] | None = field(default=None, repr=False)
     window: int = 16
+    unit: int = 1
     _sequences: dict[int, Ids] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -68,6 +70,8 @@ class Order:
             raise ValueError(f"mixing must be full or window, got {self.mixing!r}")
         if self.window < 1:
             raise ValueError(f"window must be at least 1 shard, got {self.window}")
+        if self.unit < 1:
+            raise ValueError(f"unit must be at least 1 sample, got {self.unit}")
         if self.mixing == "window" and (self.shards is None or len(self.shards) != self.samples):
             raise ValueError(f"mixing=window needs the shard of each of the {self.samples} samples")
         if self.steps == 0:
@@ -99,8 +103,13 @@ class Order:
             raise ValueError(f"step must be in 0..{self.steps - 1}, got {step}")
         first = step * self.global_batch
         last = min(first + self.global_batch, self.samples)
-        start, stop = _share(first, last, rank, size)
+        start, stop = _share(first, last, rank, size, self.unit)
         return Part(epoch, step, self.sequence(epoch)[start:stop], np.arange(start, stop), last - first)
+
+    def largest_part(self, size: int) -> int:
+        """Samples in the largest part of a global batch, of any rank of `size`."""
+        unit = self.unit if self.global_batch % self.unit == 0 else 1
+        return -(-(self.global_batch // unit) // size) * unit
 
     def parts(self, epoch: int, rank: int, size: int, start: int = 0) -> Iterator[Part]:
         """The parts of one rank from step `start` to the end of the epoch."""
@@ -141,9 +150,11 @@ def _words(count: int, seed: int, epoch: int, stream: int) -> NDArray[np.uint64]
     return np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, stream]).random_raw(count)
 
 
-def _share(first: int, last: int, rank: int, size: int) -> tuple[int, int]:
-    """Bounds of the rank-th of `size` contiguous pieces of [first, last)."""
+def _share(first: int, last: int, rank: int, size: int, unit: int = 1) -> tuple[int, int]:
+    """Bounds of the rank-th of `size` contiguous pieces of [first, last), in whole units if that is."""
     if not 0 <= rank < size:
         raise ValueError(f"rank must be in 0..{size - 1}, got {rank}")
-    count = last - first
-    return first + count * rank // size, first + count * (rank + 1) // size
+    if (last - first) % unit:
+        unit = 1
+    count = (last - first) // unit
+    return first + count * rank // size * unit, first + count * (rank + 1) // size * unit

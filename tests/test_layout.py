@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "schedules": {"config"},
     "budget": set(),
     "world": set(),
+    "watchdog": set(),
     "checkpoint": set(),
     "telemetry": {"checkpoint", "config"},
     "evaluate": {"config", "fisher", "functional", "world"},

@@ -54,7 +54,7 @@ def test_checkpoints_are_ranked_by_gamma(measured: dict[str, Any], runs: Path) -
 
 def test_gamma_is_its_definition(measured: dict[str, Any], runs: Path, small_data: Path) -> None:
     """Eq. 6 with one backward a sample, in float64, on the images the trials name."""
-    state = checkpoint.load(checkpoint.find(runs / "long"))
+    state = checkpoint.load_newest(runs / "long", print)[1]
     model = models.build("resnet20", classes=6, image_size=16)
     model.load_state_dict(state["model"])
     model = model.double().eval()

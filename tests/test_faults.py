@@ -1,0 +1,229 @@
+"""What clusters do to a run, on real jobs: faults × moments × numbers of workers. Nothing is lost, nothing is wrong."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import WORKERS, horovodrun
+
+from infomcr_dist import checkpoint
+
+RECIPE = """
+model: resnet20
+epochs: 4
+data: {path: DATA, augmentation: crop1_flip, global_batch_size: 60, remainder: keep}
+schedule: {milestones: [2]}
+optimizer: {learning_rate: 0.05}
+regularizer: {sub_batch_size: 10, beta: 5}
+metric: {trials: 2, samples: 8, every_epochs: 2}
+checkpoint: {every_steps: 2}
+telemetry: {port: null}
+threads: 1
+"""
+STEPS = 5  # an epoch: 260 images in global batches of 60, the last one of 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
+    root = tmp_path_factory.mktemp("faults")
+    (root / "recipe.yaml").write_text(RECIPE.replace("DATA", str(small_data)))
+    return root
+
+
+def run(folder: Path, workers: int, fault: str, moment: str, rank: int, *settings: str) -> tuple[int, str]:
+    """Train with a fault in one worker; returns the exit code and all output. Horovod's launcher makes every code 1."""
+    command = [sys.executable, str(WORKERS / "faulty.py"), fault, moment, str(rank), "recipe.yaml", *settings]
+    if workers == 1:
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
+    else:
+        result = horovodrun(workers, *command, cwd=folder)
+    return result.returncode, result.stdout + result.stderr
+
+
+def final(run: Path) -> dict[str, torch.Tensor]:
+    """Weights, buffers and momentum at the end of a run."""
+    _, state = checkpoint.load_newest(run, pytest.fail)
+    assert state["step"] == 4 * STEPS
+    return state["model"] | {f"momentum {k}": v["momentum_buffer"] for k, v in state["optimizer"]["state"].items()}
+
+
+def history(run: Path) -> list[tuple[Any, ...]]:
+    """The records, without times and without what is about checkpoints."""
+    fields = {
+        "step": ("epoch", "loss", "penalty", "gradient_norm", "global_samples"),
+        "evaluation": ("split", "loss"),
+        "metric": ("gamma_hat",),
+        "epoch": ("training_loss",),
+    }
+    records = map(json.loads, (run / "records.jsonl").read_text().splitlines())
+    return [(r["kind"], r["step"], *(r[f] for f in fields[r["kind"]])) for r in records if r["kind"] in fields]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> Any:
+    """The run without a fault, by number of workers."""
+
+    def of(workers: int) -> Path:
+        path = folder / f"undisturbed-{workers}"
+        if not path.exists():
+            code, output = run(folder, workers, "none", "", 0, f"run_dir={path}")
+            assert code == 0, output
+        return path
+
+    return of
+
+
+MOMENTS = ("plain step", "regularized step", "last step of an epoch", "evaluation", "save")
+SIGNALS = [(1, fault, moment, 0) for fault in ("SIGTERM", "SIGINT", "SIGKILL") for moment in MOMENTS]
+SIGNALS += [(2, "SIGTERM", moment, 1) for moment in MOMENTS[:4]] + [(2, "SIGTERM", "save", 0)]
+SIGNALS += [(2, "SIGKILL", moment, 1) for moment in MOMENTS[:4]] + [(2, "SIGKILL", "save", 0)]
+SIGNALS += [(2, "SIGSTOP", moment, 1) for moment in ("regularized step", "evaluation")]
+SIGNALS += [(3, fault, "regularized step", 2) for fault in ("SIGTERM", "SIGKILL", "SIGSTOP")]
+
+
+@pytest.mark.parametrize(("workers", "fault", "moment", "rank"), SIGNALS)
+def test_a_signal_at_any_moment(
+    folder: Path, undisturbed: Any, workers: int, fault: str, moment: str, rank: int
+) -> None:
+    """The run ends as it should, leaves a whole checkpoint, and goes on to the very bits of an undisturbed one."""
+    path = folder / f"{workers}-{fault}-{moment.replace(' ', '-')}"
+    settings = (f"run_dir={path}", "resume=auto", "hang_seconds=6")
+    code, output = run(folder, workers, fault, moment, rank, *settings)
+    assert ">:Traceback" not in output, output
+    if fault in ("SIGTERM", "SIGINT"):
+        saved = re.search(r"stopped: saved after step (\d+); go on with run_dir=\S+ resume=auto", output)
+        assert saved, output
+        assert checkpoint.load_newest(path, pytest.fail)[1]["step"] == int(saved[1])
+        assert code == 75 if workers == 1 else re.search(r"Exit code: 75", output)
+    elif workers > 1:
+        assert "another worker is gone; go on from the last checkpoint with resume=auto" in output
+        if fault == "SIGSTOP":
+            assert f"error: rank {rank} has stood still for 6 s: killed" in output
+    code, output = run(folder, workers, "none", "", 0, *settings)
+    assert code == 0, output
+    whole, resumed = final(undisturbed(workers)), final(path)
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+    assert history(path) == history(undisturbed(workers)), "each step and event once"
+    assert not [p for p in (path / "checkpoints").iterdir() if p.name.startswith(".")], "nothing half-written stays"
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_a_gradient_that_is_not_finite_is_left_out_everywhere(folder: Path, workers: int) -> None:
+    path = folder / f"not-finite-{workers}"
+    rank = workers - 1
+    code, output = run(folder, workers, "not_finite", "start", rank, f"run_dir={path}", "nonfinite_steps=2")
+    assert code == 0, output
+    assert re.search(r"step 11 was left out: not finite: gradient of \S*weight", output)
+    records = [json.loads(line) for line in (path / "records.jsonl").read_text().splitlines()]
+    left_out = [r["step"] for r in records if r["kind"] == "step" and not r["finite"]]
+    assert left_out == [11], "one step: the next one is finite, so the weights were not touched"
+    assert all(torch.isfinite(t).all() for t in final(path).values())
+
+
+def test_weights_that_diverge_end_the_run_and_name_the_rank(folder: Path) -> None:
+    path = folder / "diverged"
+    settings = (f"run_dir={path}", "compare_weights_steps=4", "checkpoint.every_steps=null")
+    code, output = run(folder, 3, "flipped_bit", "start", 2, *settings)
+    assert code != 0
+    assert output.count("error: rank 2 and the rest have different weights after step 4") == 1, output
+    assert "Exit code: 1" in output
+
+
+def test_a_worker_with_one_batch_fewer_is_named_and_ends_the_run(folder: Path) -> None:
+    path = folder / "fewer"
+    code, output = run(folder, 2, "one_batch_fewer", "start", 1, f"run_dir={path}", "hang_seconds=4")
+    assert code != 0
+    assert re.search(r"Missing ranks:\s*(\[\d\]<stderr>:)?\s*1", output), output
+    assert "another worker is gone" in output
+
+
+def test_a_full_disk_costs_the_checkpoint_not_the_run(folder: Path, tmp_path: Path) -> None:
+    """A file system of 3 MB: room for two of the four checkpoints to be kept."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", disk], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("a file system of a given size needs root")
+    try:
+        settings = (f"run_dir={disk / 'run'}", "checkpoint.keep=9", "checkpoint.every_steps=1")
+        code, output = run(folder, 2, "none", "", 0, *settings)
+        assert code != 0
+        assert "No space left on device; training goes on, the checkpoint before it is kept" in output
+        assert "epoch 4/4" in output, "it trained to its end"
+        assert "error: trained, but the last checkpoint is missing" in output
+        assert "Exit code: 1" in output
+        records = [json.loads(line) for line in (disk / "run" / "records.jsonl").read_text().splitlines()]
+        outcomes = [r["outcome"] for r in records if r["kind"] == "checkpoint"]
+        assert outcomes[0] == "written"
+        assert outcomes[-1] == "failed"
+        for path in checkpoint.newest_first(disk / "run" / "checkpoints"):
+            checkpoint.load(path)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_run_directory_that_cannot_be_written_is_refused_at_the_start(folder: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", disk], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("a read-only file system needs root")
+    try:
+        code, output = run(folder, 1, "none", "", 0, f"run_dir={disk / 'run'}")
+        assert code == 2
+        assert re.search(rf"error: .*{disk}.*", output)
+        assert "epoch 1" not in output
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud(folder: Path, undisturbed: Any) -> None:
+    path = folder / "damaged"
+    code, output = run(folder, 1, "SIGTERM", "evaluation", 0, f"run_dir={path}", "resume=auto")
+    assert code == 75, output
+    newest = checkpoint.newest_first(path / "checkpoints")[0]
+    os.truncate(newest, newest.stat().st_size // 2)
+    code, output = run(folder, 1, "none", "", 0, f"run_dir={path}", "resume=auto")
+    assert code == 0, output
+    assert f"{newest.name} is damaged" in output
+    assert "it is skipped, the one before it is taken" in output
+    assert all(torch.equal(t, final(path)[name]) for name, t in final(undisturbed(1)).items())
+
+
+def test_changed_settings_are_taken_only_when_asked_for(folder: Path) -> None:
+    path = folder / "changed"
+    code, output = run(folder, 1, "SIGTERM", "regularized step", 0, f"run_dir={path}", "resume=auto")
+    assert code == 75, output
+    other = (f"run_dir={path}", "resume=auto", "regularizer.beta=7", "optimizer.momentum=0.8")
+    code, output = run(folder, 1, "none", "", 0, *other)
+    assert code == 2
+    assert "optimizer.momentum=0.8 (checkpoint: 0.9), regularizer.beta=7.0 (checkpoint: 5.0)" in output
+    assert "resume_changed=true" in output
+    code, output = run(folder, 1, "none", "", 0, *other, "resume_changed=true")
+    assert code == 0, output
+    assert "goes on with changed settings: optimizer.momentum=0.8 (checkpoint: 0.9)" in output
+    betas = [r[1] for r in history(path) if r[0] == "step"]
+    assert betas == list(range(1, 4 * STEPS + 1))
+
+
+def test_a_second_sigint_ends_at_once(folder: Path) -> None:
+    import signal
+    import time
+
+    path = folder / "impatient"
+    command = [sys.executable, str(WORKERS / "faulty.py"), "SIGSTOP", "regularized step", "0", "recipe.yaml"]
+    with subprocess.Popen([*command, f"run_dir={path}"], cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and "T" not in Path(f"/proc/{process.pid}/stat").read_text().split()[2]:
+            time.sleep(0.05)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGCONT)
+            time.sleep(0.3)
+        assert process.wait(30) in (130, 75), "75: the step ended before the second signal came"

@@ -1,0 +1,140 @@
+"""The trainer, with one fault in one worker: ``python faulty.py FAULT MOMENT RANK RECIPE key=value …``.
+
+FAULT: the name of a signal this process sends itself, or a function below. MOMENT: where in the run. A run that is
+resumed is given no fault: the first argument is then ``none``.
+"""
+
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from infomcr_dist import checkpoint, run, train
+from pipelines import Order, Part
+
+STEP = 13
+"""The step a fault hits, counted from 0: a regularized one, with 5 steps an epoch and a drop after 2 epochs"""
+
+
+def at(moment: str, strike: Callable[[], None]) -> None:
+    """Arrange for a fault to strike once, at a moment of the run."""
+    steps = 0
+    struck = False
+
+    def once() -> None:
+        nonlocal struck
+        if not struck:
+            struck = True
+            strike()
+
+    step = train.train_step
+
+    def counted(*args: Any, **settings: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if moment == "plain step" and steps == 4:
+            once()
+        return step(*args, **settings)
+
+    train.train_step = counted
+    if moment == "regularized step":  # between the two passes over a sub-batch, when w − αg is in use
+        from infomcr_dist import regularizer
+
+        moved = regularizer.moved
+
+        def struck_between(*args: Any) -> Any:
+            if steps == STEP + 1:
+                once()
+            return moved(*args)
+
+        regularizer.moved = struck_between
+    elif moment == "last step of an epoch":
+        regularized = train.regularized_backward
+        plain = train.plain_backward
+
+        def struck_last(backward: Any) -> Any:
+            def call(*args: Any, **settings: Any) -> Any:
+                if steps == 15:
+                    once()
+                return backward(*args, **settings)
+
+            return call
+
+        train.regularized_backward, train.plain_backward = struck_last(regularized), struck_last(plain)
+    elif moment == "evaluation":
+        evaluate = train.evaluate
+
+        def struck_before(*args: Any) -> Any:
+            if steps >= STEP:
+                once()
+            return evaluate(*args)
+
+        train.evaluate = struck_before
+    elif moment == "save":
+        write = checkpoint._Hashing.write
+        writes = 0
+
+        def struck_within(self: Any, data: Any) -> int:
+            nonlocal writes
+            writes += 1
+            if writes == 900:  # in the midst of the file of some step
+                once()
+            return write(self, data)
+
+        checkpoint._Hashing.write = struck_within  # type: ignore[method-assign]
+
+
+def not_finite() -> None:
+    """The next gradient of this worker is not finite, once."""
+    backward = train.regularized_backward
+
+    def infinite(model: Any, *args: Any, **settings: Any) -> Any:
+        losses = backward(model, *args, **settings)
+        next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = math.inf
+        train.regularized_backward = backward
+        return losses
+
+    train.regularized_backward = infinite
+
+
+def flipped_bit() -> None:
+    """One bit of one weight of this worker flips, after some step."""
+    digest = run.weights_digest
+
+    def flipped(model: Any, buffers: bool) -> str:
+        weight = next(model.parameters()).data.view(-1)
+        weight[:1].view(torch.int32).bitwise_xor_(1)
+        train.weights_digest = digest
+        return digest(model, buffers)
+
+    train.weights_digest = flipped
+
+
+def one_batch_fewer() -> None:
+    """This worker's epochs end a step early."""
+    parts = Order.parts
+
+    def fewer(self: Order, epoch: int, rank: int, size: int, start: int = 0) -> Iterator[Part]:
+        return (part for part in parts(self, epoch, rank, size, start) if part.step < self.steps - 1)
+
+    Order.parts = fewer  # type: ignore[method-assign]
+
+
+def main() -> int:
+    fault, moment, rank, *arguments = sys.argv[1:]
+    if fault != "none" and rank == os.environ.get("HOROVOD_RANK", "0"):
+        if fault.startswith("SIG"):
+            at(moment, lambda: os.kill(os.getpid(), getattr(signal, fault)))
+        elif moment == "start":
+            globals()[fault]()
+        else:
+            at(moment, globals()[fault])
+    return train.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
