@@ -271,21 +271,21 @@ def check_port(settings: TelemetrySettings, local_rank: int) -> str:
     if settings.port is None:
         return "none wanted (telemetry.port=null)"
     port = settings.port + local_rank
-    place = f"telemetry.port + local rank on {settings.address}"
     try:
         family, _, _, _, address = socket.getaddrinfo(settings.address, port, type=socket.SOCK_STREAM)[0]
         socket.create_server(address[:2], family=family).close()
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"{port}, {place}, cannot be used ({reason}): give another telemetry.port, or telemetry.port=null"
+            f"{port} on {settings.address} (telemetry.port={settings.port} + local rank {local_rank}) cannot be used "
+            f"({reason}): give another telemetry.port, or telemetry.port=null"
         ) from None
-    return f"{place} is free"
+    return f"{settings.port} + local rank, on {settings.address}, is free"
 
 
 def judge_name(host: str, address: str, hosts: int) -> str:
     """ValueError where a host's own name leads to itself alone, and there are others: gloo connects to that address."""
-    if hosts > 1 and ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+    if hosts > 1 and _is_loopback(address):
         raise ValueError(
             f"{host} calls itself {address}, which other hosts cannot reach: "
             f"let {host} resolve to its network's address in its /etc/hosts"
@@ -466,6 +466,11 @@ def show(result: Result, coloured: bool) -> str:
 def main(arguments: list[str]) -> int:
     """The command; returns the exit code."""
     coloured = sys.stdout.isatty()
+    doubt = _before_connecting()
+    if doubt is not None:
+        print(show(doubt, coloured), flush=True)
+        if not doubt.ok:
+            return 1
     try:
         world = connect()
     except Exception as error:  # whatever a Horovod that is not for this torch makes of its import
@@ -484,7 +489,9 @@ def main(arguments: list[str]) -> int:
     except world.ends as error:
         return report_and_leave(world, error)
     try:
-        merged = lines(world.gather(examine(config, recipe, world)))
+        # Plain tuples: a class of __main__ would come back from each rank as another class.
+        found = world.gather([(r.check, r.ok, r.text) for r in examine(config, recipe, world)])
+        merged = lines([[Result(*result) for result in of_rank] for of_rank in found])
     except world.ends as error:
         text = f"rank {world.rank} lost the others in a collective ({' '.join(str(error).split())})"
         print(show(Result("workers", False, f"{text}: the first rank that ended says why"), coloured), flush=True)
@@ -500,6 +507,26 @@ def main(arguments: list[str]) -> int:
     return 1 if failed else 0
 
 
+def _before_connecting() -> Result | None:
+    """What may end Horovod before it tells: gloo binds, and lets others connect, to what this host's name resolves to.
+
+    Not ok where it must; ok, and said, where it may: workers of several hosts may still be on one machine.
+    """
+    if "HOROVOD_RANK" not in os.environ:
+        return None
+    made: list[Result] = []
+    own = attempt(made, "host name", listen)
+    rank = f"rank {os.environ['HOROVOD_RANK']}: "
+    if own is None:
+        return Result("host name", False, rank + made[0].text)
+    own.server.close()
+    if os.environ.get("HOROVOD_LOCAL_SIZE") != os.environ.get("HOROVOD_SIZE") and _is_loopback(own.address):
+        return Result(
+            "host name", True, f"{rank}{own.host} calls itself {own.address}; if the job ends here, that is why"
+        )
+    return None
+
+
 def _check_hosts(results: list[Result], world: Solo) -> None:
     """Every host's own name, and one rank of each host connecting to all others."""
     made: list[Result] = []
@@ -512,7 +539,7 @@ def _check_hosts(results: list[Result], world: Solo) -> None:
         attempt(results, "host name", judge_name, own.host, own.address, len(set(hosts)))
     if len(set(hosts)) > 1 and hosts.index(hosts[world.rank]) == world.rank:
         first = {offer[0]: offer for offer in reversed(offers)}
-        others = [offer for host, offer in first.items() if host != hosts[world.rank] and offer[1] is not None]
+        others = [o for host, o in first.items() if host != hosts[world.rank] and o[1] and not _is_loopback(o[1])]
         attempt(results, "hosts", reach, others)
     world.barrier()
     if own is not None:
@@ -565,6 +592,10 @@ def _ranks(ranks: list[int]) -> str:
             runs.append([rank])
     text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
     return f"rank{'s' * (len(ranks) > 1)} {text}"
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def _gigabytes(count: int) -> str:
