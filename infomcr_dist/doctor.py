@@ -272,10 +272,12 @@ def check_port(settings: TelemetrySettings, local_rank: int) -> str:
         return "none wanted (telemetry.port=null)"
     port = settings.port + local_rank
     try:
+        if port > 65535:
+            raise OSError("ports end at 65535")
         family, _, _, _, address = socket.getaddrinfo(settings.address, port, type=socket.SOCK_STREAM)[0]
-        socket.create_server(address[:2], family=family).close()
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        socket.create_server((address[0], port), family=family).close()
+    except OSError as error:
+        reason = error.strerror or error
         raise ValueError(
             f"{port} on {settings.address} (telemetry.port={settings.port} + local rank {local_rank}) cannot be used "
             f"({reason}): give another telemetry.port, or telemetry.port=null"
