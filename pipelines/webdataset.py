@@ -174,10 +174,9 @@ class StreamLoader:
             except ValueError:
                 raise
             except Exception as error:  # whatever the network or a damaged tar makes the library raise
-                reason = str(error)
-                for url in urls:  # the library's message may hold the command it ran
-                    reason = reason.replace(url.removeprefix("pipe:"), _shown(url))
-                raise ValueError(f"cannot stream {shown}: {without_secrets(reason)}") from error
+                commands = any(url.startswith("pipe:") for url in urls)
+                reason = "the command failed" if commands else without_secrets(str(error))
+                raise ValueError(f"cannot stream {shown}: {reason}") from error
             if not count:
                 raise ValueError(f"{shown} hold no .jpg, .jpeg or .png image")
 

@@ -152,6 +152,8 @@ def test_an_index_runs_nothing(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
+# What the library leaves open when a stream ends midway is closed by the garbage collector.
+streams = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 STREAM = {"size": 16, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "device": torch.device("cpu"), "threads": 1}
 
 
@@ -161,6 +163,7 @@ def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(member, io.BytesIO(content))
 
 
+@streams
 def test_a_stream_decodes_images_and_labels_alone(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     with tarfile.open(tmp_path / "train.tar", "w") as archive:
@@ -178,8 +181,9 @@ def test_a_stream_decodes_images_and_labels_alone(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
+@streams
 def test_a_shard_is_a_file_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shard = tmp_path / "pipe:touch mark;cat *{a,b}.tar"
+    shard = tmp_path / "pipe:touch mark {a,b}.tar"
     with tarfile.open(shard, "w") as archive:
         for number in range(4):
             add(archive, f"{number}.jpg", jpeg(number))
@@ -380,6 +384,7 @@ def data_with_bomb(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
     return folder
 
 
+@streams
 @pytest.mark.parametrize("backend", ["dali", "torch", "webdataset"])
 def test_loaders_refuse_bombs_before_decoding(data_with_bomb: Path, backend: str) -> None:
     split = open_dataset(data_with_bomb).splits["train"]
@@ -422,6 +427,7 @@ def test_secrets_in_urls_are_not_told() -> None:
         assert without_secrets(f"no data set at {url}, 'is' it?") == f"no data set at {shown}, 'is' it?"
 
 
+@streams
 @pytest.mark.parametrize(
     "url",
     [f"http://user:{SECRET}@127.0.0.1:9/train.tar", f"http://127.0.0.1:9/train.tar?token={SECRET}",
@@ -435,7 +441,7 @@ def test_a_stream_that_fails_tells_no_secret(url: str) -> None:
     loader.close()
 
 
-@pytest.mark.parametrize("url", [f"https://user:{SECRET}@host/data", f"s3://host/data?token={SECRET}"])
+@pytest.mark.parametrize("url", [f"https://user:{SECRET}@host/data", f"s3://host/data?{SECRET}"])
 def test_a_wrong_path_tells_no_secret(url: str, tmp_path: Path) -> None:
     for command in (
         ["infomcr_dist.train", f"data.path={url}"],
