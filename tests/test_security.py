@@ -19,7 +19,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +29,9 @@ from conftest import ROOT
 from data_sets import jpeg, make_data_set, make_folder
 from PIL import Image
 
-from infomcr_dist import checkpoint
+from infomcr_dist import checkpoint, measure
 from infomcr_dist.config import Config
-from infomcr_dist.options import from_dict, load_config
+from infomcr_dist.options import from_dict, load_config, to_dict
 from pipelines import Order, images, open_dataset, open_loader, open_stream
 from pipelines.inspect import contact_sheet
 from pipelines.prepare import Options, prepare
@@ -105,11 +105,29 @@ def test_a_checkpoint_runs_nothing(tmp_path: Path) -> None:
             torch.save({"format": checkpoint.FORMAT, "step": Touch(mark)}, path)
         else:
             path.write_bytes(content)
-        with pytest.raises(ValueError, match="readable"):
+        with pytest.raises(ValueError, match="checkpoint"):
             checkpoint.load(path)
     assert not mark.exists()
     pickle.loads(pickle.dumps(Touch(mark)))
     assert mark.exists(), "what was refused would have worked"
+
+
+def test_a_checkpoint_chooses_no_code_to_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "brought_along.py").write_text("open('mark', 'w').close()")
+    config = to_dict(replace(Config(), model="brought_along:build"))
+    state = {"step": 1, "config": config, "classes": ["a", "b"], "image_size": 16, "model": {}}
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    checkpoint.save(tmp_path / "run" / "checkpoints", 1, state, keep=1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert measure.main(["run"]) == 2
+    assert "give model=brought_along:build if that code is yours" in capsys.readouterr().err
+    assert not (tmp_path / "mark").exists()
+    assert measure.main(["run", "model=brought_along:build"]) == 2
+    assert "has no attribute 'build'" in capsys.readouterr().err
+    assert (tmp_path / "mark").exists()
 
 
 @pytest.mark.parametrize(
