@@ -306,7 +306,7 @@ def listen() -> Listener:
         server = socket.create_server((address[0], 0), family=family, backlog=1024)
     except OSError as error:
         raise ValueError(
-            f"{host} calls itself {address[0]}, which is not its address ({error.strerror}): correct its /etc/hosts"
+            f"{host} calls itself {address[0]}, which is not its address (errno {error.errno}): correct its /etc/hosts"
         ) from None
     return Listener(host, str(address[0]), server.getsockname()[1], server)
 
@@ -468,11 +468,10 @@ def show(result: Result, coloured: bool) -> str:
 def main(arguments: list[str]) -> int:
     """The command; returns the exit code."""
     coloured = sys.stdout.isatty()
-    doubt = _before_connecting()
-    if doubt is not None:
-        print(show(doubt, coloured), flush=True)
-        if not doubt.ok:
-            return 1
+    wrong = _before_connecting()
+    if wrong is not None:
+        print(show(wrong, coloured), flush=True)
+        return 1
     try:
         world = connect()
     except Exception as error:  # whatever a Horovod that is not for this torch makes of its import
@@ -510,22 +509,20 @@ def main(arguments: list[str]) -> int:
 
 
 def _before_connecting() -> Result | None:
-    """What may end Horovod before it tells: gloo binds, and lets others connect, to what this host's name resolves to.
+    """What is wrong with this host's name: gloo aborts where it cannot bind to what the name resolves to.
 
-    Not ok where it must; ok, and said, where it may: workers of several hosts may still be on one machine.
+    Where it can, but no other host could connect to it, that is said and no more: all workers may be on this machine.
     """
     if "HOROVOD_RANK" not in os.environ:
         return None
-    made: list[Result] = []
+    rank, made = f"rank {os.environ['HOROVOD_RANK']}: ", list[Result]()
     own = attempt(made, "host name", listen)
-    rank = f"rank {os.environ['HOROVOD_RANK']}: "
     if own is None:
         return Result("host name", False, rank + made[0].text)
     own.server.close()
     if os.environ.get("HOROVOD_LOCAL_SIZE") != os.environ.get("HOROVOD_SIZE") and _is_loopback(own.address):
-        return Result(
-            "host name", True, f"{rank}{own.host} calls itself {own.address}; if the job ends here, that is why"
-        )
+        hint = f"{rank}{own.host} calls itself {own.address}; if Horovod does not get on from here, that is why"
+        print(hint, file=sys.stderr, flush=True)
     return None
 
 

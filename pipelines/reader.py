@@ -199,13 +199,16 @@ class Faults:
             raise ValueError(f"on_error must be stop or skip, got {on_error!r}")
         self._samples, self._on_error = len(split), on_error
         self.skipped: dict[int, str] = {}
+        self._lock = threading.Lock()
 
     def substitute(self, sample: int, error: SampleError) -> int:
         """The sample to try in place of `sample`; raises if there is none."""
         if self._on_error == "stop":
             raise error
-        self.skipped[sample] = str(error)
         limit = max(self._samples // 100, min(10, self._samples - 1))
+        with self._lock:  # threads that fail together tell the same count
+            if len(self.skipped) <= limit:
+                self.skipped[sample] = str(error)
         if len(self.skipped) > limit:
             raise ValueError(
                 f"{len(self.skipped)} of {self._samples} samples cannot be decoded, more than on_error=skip allows; "

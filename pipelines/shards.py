@@ -124,9 +124,9 @@ def open_dataset(path: str | Path) -> Dataset:
             raise FileNotFoundError
     except OSError as error:
         reason = f" ({error.strerror})" if error.strerror else ""
+        place = without_secrets(str(root))
         raise ValueError(
-            f"no data set at {without_secrets(str(root))}{reason}; "
-            "make one with: python -m pipelines.prepare SOURCE DEST"
+            f"no data set at {place}{reason}; make one with: python -m pipelines.prepare SOURCE {place}"
         ) from None
     try:
         manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,20 @@ def test_a_batch_that_does_not_fit_is_red(small_data: Path, tmp_path: Path) -> N
     (red,) = [r for r in results if not r.ok]
     assert red.check == "memory", output
     assert "lower data.batch_size" in red.text
+
+
+def test_a_step_that_outgrows_its_room_or_is_killed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = doctor.Plan("", classes=6, image_size=1000, local_batch=200, sub_batch_size=None)  # 2.4 GB of images
+    config = replace(Config(), model="cnn")
+    with pytest.raises(ValueError, match=r"a step of 200 images of 1000 × 1000 does not fit .*1\.00 GB free a worker"):
+        doctor.try_step(config, plan, "cpu", 1, 10**9)
+    (tmp_path / "heavy.py").write_text("import os, signal\ndef build(**_): os.kill(os.getpid(), signal.SIGKILL)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"its process was killed.*lower data\.batch_size"):
+        doctor.try_step(replace(config, model="heavy:build"), plan, "cpu", 1, 10**9)
+    (tmp_path / "wrong.py").write_text("def build(**_): raise TypeError('no such layer')\n")
+    with pytest.raises(TypeError, match="no such layer"):
+        doctor.try_step(replace(config, model="wrong:build"), plan, "cpu", 1, 10**9)
 
 
 def test_every_worker_is_checked(small_data: Path, tmp_path: Path) -> None:
