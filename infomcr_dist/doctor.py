@@ -222,7 +222,7 @@ def plan_of(config: Config, workers: int) -> Plan:
     splits = select_splits(config, dataset)
     order, sub_batch_size = _plan(config, splits["train"], workers)
     counts = ", ".join(f"{name} {len(split)} in {len(split.shards)} shards" for name, split in splits.items())
-    local_batch = math.ceil(order.global_batch / workers)
+    local_batch = max(len(next(iter(order.parts(0, rank, workers))).samples) for rank in range(workers))
     return Plan(
         f"{dataset.path}: {len(dataset.classes)} classes, {counts}; {local_batch} images a worker a step",
         len(dataset.classes),
