@@ -36,6 +36,8 @@ class MeasureSettings:
 
     data: str | None = None
     """Data set directory; null: the one each model was trained on."""
+    model: str | None = None
+    """Import path of a network that is not ours, package.module:function; a checkpoint alone has no code imported."""
     trials: int = 100
     """Trials averaged (T)."""
     samples: int = 100
@@ -85,6 +87,10 @@ def measure(path: Path, settings: MeasureSettings, world: Solo) -> Measurement:
     with world.together():
         path, state = checkpoint.load_newest(path, lambda text: print(text, file=sys.stderr, flush=True))
         config = from_dict(Config, state["config"])
+        if ":" in config.model and config.model != settings.model:
+            raise ValueError(
+                f"model: {path} has {config.model} imported: give model={config.model} if that code is yours"
+            )
         model = models.build(config.model, classes=len(state["classes"]), image_size=state["image_size"])
         checkpoint.restore_weights(model, state, path)
         model.to(world.device).eval()

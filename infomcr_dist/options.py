@@ -79,6 +79,8 @@ def _build(settings_type: type[Settings], given: dict[str, Any], prefix: str) ->
 
 def _convert(hint: Any, value: Any, setting: str) -> Any:
     """The value as the field's type, by OmegaConf's rules ('8' is an int, 0.5 is not)."""
+    if "${" in str(value):  # ${oc.env:…} would carry secrets of the environment into files that are shown around
+        raise ValueError(f"{setting} must be written out, got {value!r}: nothing is put in place of ${{…}}")
     holder = make_dataclass("Holder", [("value", hint)])
     try:
         merged = OmegaConf.merge(OmegaConf.structured(holder), {"value": value})

@@ -1,7 +1,9 @@
 """Shards in, batches out: a data set of tar shards, the exact order of its samples, and loaders that decode them."""
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, Protocol
 
 import torch
@@ -110,8 +112,9 @@ def open_loader(
             raise ValueError("backend webdataset needs rank and world_size, by which it deals out the shards")
         if settings.pop("on_error") != "stop":
             raise ValueError("backend webdataset cannot skip samples alike on every rank; set on_error to stop")
-        urls = [str(shard.path) for shard in split.shards]
-        return open_stream(urls, rank=rank, world_size=world_size, **settings)
+        # Whole paths, taken as they are: the library would run a shard of the relative name "pipe:COMMAND.tar".
+        paths = [os.path.abspath(shard.path) for shard in split.shards]
+        return _webdataset().StreamLoader(paths, rank=rank, world_size=world_size, **settings)  # type: ignore[no-any-return]
     raise ValueError(f"backend must be dali, torch, webdataset or synthetic, got {backend!r}")
 
 
@@ -140,12 +143,9 @@ def open_stream(
     what was streamed. The other arguments are those of `open_loader`. Make the parts with Order(samples, ...), samples
     being the number in all shards.
     """
-    try:
-        from .webdataset import StreamLoader, expand
-    except ModuleNotFoundError as error:
-        raise ValueError(f"backend webdataset needs the module {error.name}; install it or use dali") from None
-    return StreamLoader(
-        expand(urls),
+    module = _webdataset()
+    return module.StreamLoader(  # type: ignore[no-any-return]
+        module.expand(urls),
         rank=rank,
         world_size=world_size,
         shuffle=shuffle,
@@ -161,3 +161,11 @@ def open_stream(
         threads=threads,
         prefetch=prefetch,
     )
+
+
+def _webdataset() -> ModuleType:
+    try:
+        from . import webdataset
+    except ModuleNotFoundError as error:
+        raise ValueError(f"backend webdataset needs the module {error.name}; install it or use dali") from None
+    return webdataset

@@ -6,7 +6,8 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-_MAX_PIXELS = 100_000_000  # beyond it a file is taken for a decompression bomb
+from .reader import MAX_PIXELS
+
 _ORIENTATION = 0x0112
 
 
@@ -18,13 +19,15 @@ def open_image(data: bytes) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of PIL about odd metadata: the pixels count
             image = Image.open(io.BytesIO(data))
-            if image.width * image.height > _MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels, more than {_MAX_PIXELS}")
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+            if image.format == "EPS":  # Pillow would have Ghostscript run it
+                raise ValueError("EPS is a program, not an image")
             image.load()
     except UnidentifiedImageError:
         raise ValueError("not an image") from None
     except Image.DecompressionBombError:
-        raise ValueError(f"more than {_MAX_PIXELS} pixels") from None
+        raise ValueError(f"more than {MAX_PIXELS} pixels") from None
     except ValueError:
         raise
     except Exception as error:  # a decoder fed with damaged bytes may raise nearly anything

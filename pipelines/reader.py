@@ -5,6 +5,7 @@ whole shard (missing, truncated, replaced, stalled) always ends the iteration.
 """
 
 import errno
+import io
 import os
 import queue
 import threading
@@ -17,6 +18,7 @@ from itertools import pairwise
 from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
+from PIL import Image
 
 from .order import Ids
 from .shards import Split, check_shard
@@ -25,6 +27,9 @@ T = TypeVar("T")
 OnError = Literal["stop", "skip"]
 
 _Tasks: TypeAlias = "queue.SimpleQueue[Callable[[], None] | None]"
+
+MAX_PIXELS = 100_000_000
+"""Beyond it an image is taken for a decompression bomb, and is not decoded."""
 
 _HEADER_BYTES = 512
 _STALL_SECONDS = 60
@@ -112,7 +117,12 @@ class Files:
             )
         if not size:
             raise SampleError(f"zero bytes: {self._split.where(sample)}")
-        return block[_HEADER_BYTES:]
+        image = block[_HEADER_BYTES:]
+        try:
+            refuse_bomb(image)
+        except SampleError as error:
+            raise SampleError(f"cannot decode {self._split.where(sample)}: {error}") from None
+        return image
 
     def gather(self, future: "Future[T]") -> T:
         """The result of a task that reads; ValueError when it takes longer than a minute."""
@@ -138,6 +148,44 @@ class Files:
         return files[shard].descriptor
 
 
+def refuse_bomb(encoded: bytes) -> None:
+    """SampleError if the image's header announces more than MAX_PIXELS, whatever decodes it afterwards.
+
+    A header that tells no size passes: decoders refuse it too.
+    """
+    height, width = _sides(encoded)
+    if height * width > MAX_PIXELS:
+        raise SampleError(f"{height} x {width} pixels, more than {MAX_PIXELS}")
+
+
+def _sides(encoded: bytes) -> tuple[int, int]:
+    """Height and width by the header of a JPEG or PNG, in microseconds, or of what else Pillow knows; 0, 0 if none."""
+    if encoded[:8] == b"\x89PNG\r\n\x1a\n":
+        return int.from_bytes(encoded[20:24], "big"), int.from_bytes(encoded[16:20], "big")
+    if encoded[:2] != b"\xff\xd8":
+        try:
+            with Image.open(io.BytesIO(encoded)) as image:
+                return image.height, image.width
+        except Image.DecompressionBombError:
+            return MAX_PIXELS, MAX_PIXELS
+        except Exception:  # whatever a damaged image makes of its reader
+            return 0, 0
+    at = 2
+    while (at := encoded.find(b"\xff", at)) >= 0 and at + 9 <= len(encoded):
+        marker = encoded[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
+            return int.from_bytes(encoded[at + 5 : at + 7], "big"), int.from_bytes(encoded[at + 7 : at + 9], "big")
+        if marker == 0xDA:  # start of scan
+            break
+        if marker == 0xFF:  # padding
+            at += 1
+        elif marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD9:  # without a length
+            at += 2
+        else:
+            at += 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
+    return 0, 0
+
+
 class Faults:
     """What becomes of a sample that cannot be read or decoded.
 
@@ -151,13 +199,16 @@ class Faults:
             raise ValueError(f"on_error must be stop or skip, got {on_error!r}")
         self._samples, self._on_error = len(split), on_error
         self.skipped: dict[int, str] = {}
+        self._lock = threading.Lock()
 
     def substitute(self, sample: int, error: SampleError) -> int:
         """The sample to try in place of `sample`; raises if there is none."""
         if self._on_error == "stop":
             raise error
-        self.skipped[sample] = str(error)
         limit = max(self._samples // 100, min(10, self._samples - 1))
+        with self._lock:  # threads that fail together tell the same count
+            if len(self.skipped) <= limit:
+                self.skipped[sample] = str(error)
         if len(self.skipped) > limit:
             raise ValueError(
                 f"{len(self.skipped)} of {self._samples} samples cannot be decoded, more than on_error=skip allows; "

@@ -7,6 +7,7 @@ A directory made by `pipelines.prepare` holds `manifest.json`, and for each spli
 import hashlib
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -83,6 +84,15 @@ class Member:
     size: int
 
 
+def without_secrets(text: str) -> str:
+    """The text, and "…" in place of what a URL in it may hold of secrets: user and password, and the query."""
+    return re.sub(
+        r"(\w:/{1,2})([^/@\s'\"]+@)?([^\s?'\",]*)(\?[^\s'\",]*)?",
+        lambda m: f"{m[1]}{'…@' if m[2] else ''}{m[3]}{'?…' if m[4] else ''}",
+        text,
+    )
+
+
 def members(path: Path) -> Iterator[Member]:
     """The regular files of an uncompressed tar, in order; ValueError if it is not one or ends too soon."""
     length = path.stat().st_size
@@ -114,8 +124,9 @@ def open_dataset(path: str | Path) -> Dataset:
             raise FileNotFoundError
     except OSError as error:
         reason = f" ({error.strerror})" if error.strerror else ""
+        place = without_secrets(str(root))
         raise ValueError(
-            f"no data set at {root}{reason}; make one with: python -m pipelines.prepare SOURCE {root}"
+            f"no data set at {place}{reason}; make one with: python -m pipelines.prepare SOURCE {place}"
         ) from None
     try:
         manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
@@ -157,6 +168,9 @@ def _triple(values: list[float]) -> tuple[float, float, float]:
 
 
 def _open_split(root: Path, name: str, entry: dict[str, Any], classes: int) -> Split:
+    for part in (name, *(shard["name"] for shard in entry["shards"])):
+        if part != os.path.basename(part) or part in ("", ".."):
+            raise ValueError(f"{root / MANIFEST} names {part!r}, outside of its folder; prepare the data set again")
     shards = tuple(Shard(root / name / shard["name"], shard["samples"], shard["bytes"]) for shard in entry["shards"])
     for shard in shards:
         check_shard(shard, shard.path)

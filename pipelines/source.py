@@ -16,9 +16,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from .shards import MANIFEST, members
+from .shards import MANIFEST, members, without_secrets
 
 FASHION_MNIST = "fashion-mnist"
+_MAX_BYTES = 1 << 30  # of one image file; a zip may promise more than there is memory
 _FASHION_MNIST_CLASSES = [
     "T-shirt/top",
     "Trouser",
@@ -52,7 +53,9 @@ class Item:
     pixels: tuple[int, int] | None = None
 
     def read(self) -> bytes:
-        """The item's bytes; ValueError if it is gone, unreadable or damaged in its archive."""
+        """The item's bytes; ValueError if it is gone, unreadable, damaged in its archive or too large for an image."""
+        if self.size > _MAX_BYTES:
+            raise ValueError(f"{self.size} bytes, more than {_MAX_BYTES}")
         try:
             if self.offset < 0:
                 return _open_zip(self.file).read(self.name)
@@ -85,7 +88,9 @@ def open_source(source: str, scratch: Path) -> Source:
         return _idx(_fetch_fashion_mnist(scratch), scratch, _FASHION_MNIST_CLASSES)
     path = Path(source)
     if not path.exists():
-        raise ValueError(f"no such source: {source}; give a folder, a .tar, .tar.gz or .zip, or {FASHION_MNIST}")
+        raise ValueError(
+            f"no such source: {without_secrets(source)}; give a folder, a .tar, .tar.gz or .zip, or {FASHION_MNIST}"
+        )
     if path.is_dir():
         if (path / MANIFEST).exists():
             raise ValueError(f"{source} is a data set already prepared; open it as it is")

@@ -27,13 +27,19 @@ from webdataset.shardlists import expand_urls
 from . import augment
 from .indexed import Buffers, Renderer, decode
 from .order import Part, permutation
-from .reader import SampleError, Workers, chunks
+from .reader import SampleError, Workers, chunks, refuse_bomb
+from .shards import without_secrets
 from .wild import IMAGES, label_of
 
 
 def expand(urls: str | Sequence[str]) -> list[str]:
     """Braces like {0000..0999} written out."""
     return [url for pattern in ([urls] if isinstance(urls, str) else urls) for url in expand_urls(pattern)]
+
+
+def _shown(url: str) -> str:
+    """The URL for messages: a command may hold anything, so none of it."""
+    return "pipe:…" if url.startswith("pipe:") else without_secrets(url)
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,8 @@ class StreamLoader:
         *,
         rank: int,
         world_size: int,
-        shuffle: int,
-        cache: Path | None,
+        shuffle: int = 2000,
+        cache: Path | None = None,
         augmentation: str,
         color_jitter: float,
         size: int,
@@ -143,6 +149,7 @@ class StreamLoader:
         """This rank's samples of an epoch, over and over."""
         order = permutation(len(self._urls), self._seed, epoch)[self._rank :: self._world_size]
         urls = [self._urls[number] for number in order]
+        shown = ", ".join(_shown(url) for url in urls[:3])
         mixer = random.Random(f"{self._seed} {epoch} {self._rank}")
         while True:
             # The library would ask torch.distributed or RANK for the ranks, which Horovod does not set: the shards
@@ -158,7 +165,7 @@ class StreamLoader:
             count = 0
             try:
                 for members in shards.shuffle(self._shuffle, initial=self._shuffle, rng=mixer):
-                    where = f"{members['__url__']}: {members['__key__']}"
+                    where = f"{_shown(members['__url__'])}: {members['__key__']}"
                     found = {name.rpartition(".")[2].lower(): data for name, data in members.items()}
                     images = IMAGES & found.keys()
                     if images:
@@ -167,9 +174,11 @@ class StreamLoader:
             except ValueError:
                 raise
             except Exception as error:  # whatever the network or a damaged tar makes the library raise
-                raise ValueError(f"cannot stream {', '.join(urls[:3])}: {error}") from error
+                commands = any(url.startswith("pipe:") for url in urls)
+                reason = "the command failed" if commands else without_secrets(str(error))
+                raise ValueError(f"cannot stream {shown}: {reason}") from error
             if not count:
-                raise ValueError(f"{', '.join(urls[:3])} hold no .jpg, .jpeg or .png image")
+                raise ValueError(f"{shown} hold no .jpg, .jpeg or .png image")
 
     def _start(self, part: Part, stream: Iterator[_Sample]) -> _Pending:
         images = self._buffers.take(len(part.samples))
@@ -191,6 +200,7 @@ class StreamLoader:
     ) -> None:
         for row, sample in enumerate(samples):
             try:
+                refuse_bomb(sample.image)
                 image = decode(sample.image)
             except SampleError as error:
                 raise ValueError(f"cannot decode {sample.where}: {error}") from None

@@ -127,7 +127,7 @@ def test_faults_of_a_stream(dataset: Dataset, tmp_path: Path) -> None:
     for url, message in (
         (f"{tmp_path}/cut.tar", r"cannot stream .*cut\.tar"),
         (f"{tmp_path}/nothing.tar", r"cannot stream .*nothing\.tar"),
-        (f"pipe:cat {tmp_path}/nothing.tar", r"cannot stream pipe:.*nothing\.tar"),
+        (f"pipe:cat {tmp_path}/nothing.tar", "cannot stream pipe:…: the command failed"),
         (f"{tmp_path}/bad.tar", r"cannot decode .*bad\.tar: 000000-000000"),
     ):
         loader = open_stream(url, **settings(dataset))  # type: ignore[arg-type]
