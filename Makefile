@@ -1,5 +1,6 @@
 # make train: set up, then train the demo on two Horovod workers.   make test: set up, then lint, types and tests.
-.PHONY: setup train test
+# make chaos: a run under thirty random faults, next to the same run left alone.
+.PHONY: setup train test chaos
 SHELL := bash
 
 setup:
@@ -10,3 +11,6 @@ train: setup
 
 test: setup
 	@. .venv/bin/activate && ruff check && ruff format --check && mypy && python -m pytest $(ARGS)
+
+chaos: setup
+	@. .venv/bin/activate && PYTHONPATH=. python benchmarks/chaos.py $(ARGS)

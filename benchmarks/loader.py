@@ -11,7 +11,7 @@ threads of a loader, and is the figure to trust on a machine with other work; me
 its processes; first batch is the time to it in the first turn, the making of the pipeline or processes included.
 
 - decode only: simplejpeg on bytes in memory, nothing else. The bound of everything on a CPU.
-- decode + augment: the same with our crop, resize, flip and normalization into one buffer. The bound of "torch".
+- decode + augment: the same with our crop, resize, flip and normalization into one batch. The bound of "torch".
 - DALI's reader: DALI's own order, reading and random numbers (`readers.webdataset`), what "dali" gave up for exactness.
 - PIL DataLoader: image files, PIL, torch's DataLoader with a process a core; webdataset recipe: the library's usual
   pipeline (shards, shuffle, decode("pil"), WebLoader) with the same transforms.
@@ -125,9 +125,9 @@ def threaded(
     rows = np.arange(len(encoded))
 
     def work(piece: slice) -> range:
-        scratch = np.empty((3, task.size, task.size), np.float32)
+        batch = np.empty((_BATCH, 3, task.size, task.size), np.float32)  # larger than a cache, as a loader's is
         for row in rows[piece].tolist():
-            one(encoded[row], row, scratch)
+            one(encoded[row], row, batch[row % _BATCH])
         return range(piece.start, piece.stop)
 
     futures = [workers.submit(partial(work, piece)) for piece in chunks(rows, 8 * len(task.cores))]

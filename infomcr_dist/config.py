@@ -269,6 +269,8 @@ class TelemetrySettings:
     def __post_init__(self) -> None:
         valid = self.port is None or 1 <= self.port <= 65535
         _require(valid, "telemetry.port", "between 1 and 65535, or null", self.port)
+        if self.pushgateway is not None and ("@" in self.pushgateway or "://" in self.pushgateway):
+            raise ValueError("telemetry.pushgateway must be HOST:PORT, without a scheme, a user or a password")
 
 
 @dataclass(frozen=True)

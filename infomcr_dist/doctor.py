@@ -37,7 +37,7 @@ from infomcr_dist import models
 from infomcr_dist.config import Config, TelemetrySettings
 from infomcr_dist.options import load_config
 from infomcr_dist.regularizer import regularized_backward
-from infomcr_dist.run import EMBEDDED, _plan, select_splits, stored_size
+from infomcr_dist.run import EMBEDDED, plan_steps, select_splits, stored_size
 from infomcr_dist.world import Solo, connect, report_and_leave
 from pipelines import open_dataset
 
@@ -220,7 +220,7 @@ def plan_of(config: Config, workers: int) -> Plan:
         )
     dataset = open_dataset(EMBEDDED if config.data.path == "fashion-mnist" else config.data.path)
     splits = select_splits(config, dataset)
-    order, sub_batch_size = _plan(config, splits["train"], workers)
+    order, sub_batch_size = plan_steps(config, splits["train"], workers)
     counts = ", ".join(f"{name} {len(split)} in {len(split.shards)} shards" for name, split in splits.items())
     local_batch = max(len(next(iter(order.parts(0, rank, workers))).samples) for rank in range(workers))
     return Plan(

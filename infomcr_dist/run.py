@@ -86,6 +86,8 @@ class Run:
     resets: dict[str, int]
     committed: Committed | None = None
     """The last state committed, in an elastic world"""
+    equal_step: int = 0
+    """Step after which the workers' weights were last seen to be equal"""
     plain_gradient_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=200))
     """Of the last plain steps: what a regularized step's are compared with"""
 
@@ -183,7 +185,7 @@ def _prepare_run(config: Config, recipe: Path, world: Solo, committed: Committed
     with world.together():
         dataset = open_dataset(EMBEDDED if config.data.path == "fashion-mnist" else config.data.path)
         splits = select_splits(config, dataset)
-        order, sub_batch_size = _plan(config, splits["train"], world.size)
+        order, sub_batch_size = plan_steps(config, splits["train"], world.size)
         image_size = config.data.image_size or stored_size(dataset)
         torch.manual_seed(config.seed)
         model = models.build(config.model, classes=len(dataset.classes), image_size=image_size).to(world.device)
@@ -298,6 +300,7 @@ def _prepare_run(config: Config, recipe: Path, world: Solo, committed: Committed
         test_images=test_images,
         resources=resources.pop_all(),
         resets=resets,
+        equal_step=first_step,
     )
 
 
@@ -377,7 +380,7 @@ def _prepare_embedded() -> None:
         )
 
 
-def _plan(config: Config, split: Split, workers: int) -> tuple[Order, int | None]:
+def plan_steps(config: Config, split: Split, workers: int) -> tuple[Order, int | None]:
     """The order of the training samples, and the images a sub-batch holds (None: never regularized)."""
     data, regularizer, samples = config.data, config.regularizer, len(split)
     if samples < workers:

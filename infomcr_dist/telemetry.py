@@ -93,8 +93,9 @@ class Telemetry:
         port = settings.port + local_rank
         try:
             self._server, _ = start_http_server(port, settings.address, self._metrics.registry)
-        except OSError as error:
-            reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+        except (OSError, OverflowError) as error:
+            taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+            reason = "is in use" if taken else f"cannot be used ({error})"
             raise ValueError(
                 f"telemetry.port: port {port} on {settings.address} {reason} "
                 f"(telemetry.port={settings.port} + local rank {local_rank}): "

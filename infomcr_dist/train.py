@@ -470,8 +470,9 @@ def _compare_weights(run: Run, step: int, buffers: bool = False) -> None:
         who = f"rank {', '.join(others)} and the rest" if 2 * count > len(digests) else "the ranks, no two alike,"
         raise Diverged(
             f"{who} have different weights after step {step}: a fault of memory, processor or network; "
-            f"go on from a checkpoint of step {step - (run.config.compare_weights_steps or run.order.steps)} or earlier"
+            f"go on from a checkpoint of step {run.equal_step}, after which they were equal, or earlier"
         )
+    run.equal_step = step
 
 
 def _penalty_duration(run: Run, phase: str, gradient_seconds: float) -> float | None:

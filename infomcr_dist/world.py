@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -109,7 +109,8 @@ class Solo:
         """Begin anew, at another size and rank, after one of `resets`."""
 
     def average_buffers(self, model: nn.Module) -> None:
-        """Replace floating-point buffers (BatchNorm's running statistics) by their mean over the workers."""
+        """Replace floating-point buffers (BatchNorm's running statistics) by their mean over the workers, others by
+        rank 0's."""
 
     def barrier(self) -> None:
         """Wait for every worker."""
@@ -213,6 +214,9 @@ class Horovod(Solo):
             means: list[Tensor] = self._hvd.grouped_allreduce(list(buffers.values()), name="buffers")
             for buffer, mean in zip(buffers.values(), means, strict=True):
                 buffer.copy_(mean)
+        counters = {name: b for name, b in model.named_buffers() if not b.is_floating_point()}
+        for name, counter in self.broadcast({name: b.cpu() for name, b in counters.items()}).items():
+            counters[name].copy_(counter)
 
     def barrier(self) -> None:
         self._hvd.barrier()
@@ -287,14 +291,19 @@ def report_and_leave(world: Solo, error: Exception) -> int:
         code, kind = 2 if isinstance(error, UserError) else 1, "error"
     if everywhere:
         if world.rank == 0:
-            print(f"\n{kind}: {error}", file=sys.stderr, flush=True)
+            _say(f"\n{kind}: {error}")
         if not world.elastic:  # there others may go on
             world.barrier()  # nobody leaves, and is taken for the cause, before rank 0 has spoken
         return code
     gone = "another worker is gone; go on from the last checkpoint with resume=auto"
     reason = str(error) if isinstance(error, UserError) else gone
-    print(f"\n{kind}: rank {world.rank}: {reason}", file=sys.stderr, flush=True)
+    _say(f"\n{kind}: rank {world.rank}: {reason}")
     return code
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # a launcher that was killed reads no more
+        print(text, file=sys.stderr, flush=True)
 
 
 def _device(local_rank: int) -> torch.device:

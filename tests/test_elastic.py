@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from conftest import ROOT, WORKERS
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import hosts as network
+from benchmarks import hosts as network
+from infomcr_dist import checkpoint
 
 RECIPE = """
 model: plain_net:build
@@ -80,18 +80,19 @@ class Job:
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def worker(self, host: str) -> int:
-        """Process id of the worker on a host."""
+    def workers(self) -> dict[str, int]:
+        """Process ids of the workers, by host."""
+        found = {}
         for process in (p for p in os.listdir("/proc") if p.isdigit()):
             try:
                 words = Path(f"/proc/{process}/cmdline").read_text().split("\0")
                 environment = Path(f"/proc/{process}/environ").read_text().split("\0")
             except OSError:
                 continue
-            ours = f"run_dir={self.run}" in words and words[0].endswith("python")
-            if ours and "-m" in words and f"HOROVOD_HOSTNAME={host}" in environment:
-                return int(process)
-        raise AssertionError(f"no worker on {host}")
+            host = next((word.split("=")[1] for word in environment if word.startswith("HOROVOD_HOSTNAME=")), None)
+            if host and words[0].endswith("python") and "-m" in words and f"run_dir={self.run}" in words:
+                found[host] = int(process)
+        return found
 
     def end(self) -> None:
         if self.process.poll() is None:
@@ -147,7 +148,7 @@ def test_workers_are_killed_leave_hang_and_join(
     for number, (fault, host) in enumerate(
         [(signal.SIGKILL, names[0]), (signal.SIGTERM, names[1]), (signal.SIGSTOP, names[2])], 1
     ):
-        os.kill(job.worker(host), fault)
+        os.kill(job.workers()[host], fault)
         job.wait_for(f"two go on after {fault.name}", lambda: job.size() == 2)
         job.steps_more(2)
         job.wait_for("the third comes back", lambda: job.size() == 3)
@@ -219,5 +220,26 @@ def test_a_host_is_cut_from_the_network_and_comes_back(
         assert float(value["infomcr_world_size"]) == 3
         assert float(value['infomcr_elastic_resets_total{reason="worker_lost"}']) >= 1
         check_against(job.records(), undisturbed)
+    finally:
+        job.end()
+
+
+def test_workers_whose_launcher_is_gone_save_and_end(folder: Path, three_hosts: network.Hosts) -> None:
+    """The launcher has no worker beside it, as on Kubernetes; sshd tells its workers nothing of a signal."""
+    command = three_hosts.horovodrun(
+        sys.executable, "-m", "infomcr_dist.train", "recipe.yaml", f"run_dir={folder / 'orphans'}", "resume=auto",
+        "hang_seconds=60", options=("-np", "2", "-H", "node2:1,node3:1"),
+    )  # fmt: skip
+    job = Job(folder, "orphans", [], command)
+    try:
+        job.wait_for("two hosts train", lambda: job.size() == 2 and len(job.records()) > STEPS)
+        job.process.terminate()
+        job.process.wait(90)
+        end = time.monotonic() + 60
+        while job.workers() and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not job.workers()
+        newest = checkpoint.load_newest(job.run, pytest.fail)[1]
+        assert newest["step"] == job.records()[-1]["step"]
     finally:
         job.end()
