@@ -1,0 +1,420 @@
+"""k8s/monitoring against the real Prometheus, Alertmanager and Pushgateway, which watch a real two-rank run."""
+
+import http.server
+import importlib.util
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import pytest
+import yaml
+from conftest import ROOT, WORKERS, start_horovodrun
+
+from infomcr_dist.config import Config
+from infomcr_dist.options import to_dict
+
+MONITORING = ROOT / "k8s" / "monitoring"
+RULES = yaml.safe_load((MONITORING / "rules.yaml").read_text())
+DASHBOARD = json.loads((MONITORING / "dashboard.json").read_text())
+RUNBOOK = (MONITORING / "RUNBOOK.md").read_text()
+ALERTS = [rule for group in RULES["groups"] for rule in group["rules"] if "alert" in rule]
+
+RECIPE = """
+model: slow_on_demand:build
+epochs: 10000
+data: {path: DATA, augmentation: crop1_flip, global_batch_size: 64}
+schedule: {milestones: [30]}
+optimizer: {learning_rate: 0.05}
+regularizer: {way: sampled, budget: 1.5, sub_batch_size: 8, beta: 5}
+metric: {trials: 4, samples: 8, every_epochs: 10}
+evaluation: {every_epochs: 10, train_every_epochs: 10}
+checkpoint: {every_epochs: 10}
+threads: 1
+"""
+SHORTER = {
+    "[5m]": "[10s]",
+    "> 600": "> 6",
+    "for: 10m": "for: 2s",
+    "for: 1m": "for: 1s",
+}
+"""The rules' windows and waits, for a test that has seconds."""
+NO_DATA = {
+    "Memory: rank {{rank}}, GPU": "no GPU here",
+    "annotation Elastic reset": "no worker came or went",
+}
+"""Queries of the dashboard that give nothing for the run below, and why."""
+
+
+def free_port() -> int:
+    """The first of two neighbouring free ports."""
+    for port in range(30000, 32000, 2):
+        with socket.socket() as a, socket.socket() as b:
+            try:
+                a.bind(("127.0.0.1", port))
+                b.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("no free port")
+
+
+def wait(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    """The condition's first true value; the test fails if there is none in time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.2)
+    pytest.fail(f"not within {seconds} s: {what}")
+
+
+def fetch(url: str) -> str | None:
+    """The answer; None where nobody answers."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            text: str = answer.read().decode()
+            return text
+    except (OSError, http.client.HTTPException):
+        return None
+
+
+# What needs no running job.
+
+
+def dashboard_module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("dashboard", MONITORING / "dashboard.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_dashboard_is_what_its_code_builds() -> None:
+    assert (MONITORING / "dashboard.json").read_text() == dashboard_module().to_json(), "run dashboard.py"
+
+
+def lost(ours: Any, theirs: Any, path: str = "") -> Iterator[str]:
+    """Paths of a document that are not, or not the same, in another."""
+    if isinstance(ours, dict):
+        for key, value in ours.items():
+            if not isinstance(theirs, dict) or key not in theirs:
+                yield f"{path}/{key}"
+            else:
+                yield from lost(value, theirs[key], f"{path}/{key}")
+    elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            yield from lost(a, b, f"{path}/{i}")
+    elif ours != theirs:
+        yield path
+
+
+def test_grafana_knows_every_field_of_the_dashboard() -> None:
+    """Read and written by Grafana's own models of its version 11.6, it is the same: they drop what they do not know."""
+    plugins = pytest.importorskip("grafana_foundation_sdk.cog.plugins")
+    from grafana_foundation_sdk.cog.encoder import JSONEncoder
+    from grafana_foundation_sdk.models.dashboard import Dashboard
+
+    plugins.register_default_plugins()
+    back = json.loads(JSONEncoder().encode(Dashboard.from_json(DASHBOARD)))
+    # Read by the Prometheus data source itself, so its type has it not (processEvents in its annotations.ts).
+    assert {re.sub(r"\d+", "*", path) for path in lost(DASHBOARD, back)} == {"/annotations/list/*/titleFormat"}
+
+
+def test_panels_have_ids_and_places_of_their_own() -> None:
+    panels = DASHBOARD["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    cells = [
+        (x, y)
+        for p in panels
+        for x in range(p["gridPos"]["x"], p["gridPos"]["x"] + p["gridPos"]["w"])
+        for y in range(p["gridPos"]["y"], p["gridPos"]["y"] + p["gridPos"]["h"])
+    ]
+    assert len(set(cells)) == len(cells)
+    assert {x for x, _ in cells} == set(range(24))
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
+def test_an_alert_says_what_to_do(alert: dict[str, Any]) -> None:
+    assert alert["labels"].keys() == {"severity"}
+    assert alert["annotations"].keys() == {"summary", "description", "runbook"}
+    file, anchor = alert["annotations"]["runbook"].split("#")
+    assert (ROOT / file).read_text() == RUNBOOK
+    headings = re.findall(r"^## (.+)$", RUNBOOK, re.MULTILINE)
+    assert anchor in [heading.lower().replace(" ", "-") for heading in headings]
+    assert headings == [a["alert"] for a in ALERTS]
+
+
+def test_the_runbook_names_what_is_there() -> None:
+    titles = [panel["title"] for panel in DASHBOARD["panels"]]
+    annotations = [annotation["name"].lower() for annotation in DASHBOARD["annotations"]["list"]]
+    settings = to_dict(Config())
+    for text in re.sub(r"\s+", " ", RUNBOOK).split('"')[1::2]:
+        known = [*titles, *annotations, DASHBOARD["title"], *dashboard_module().PARTS]
+        assert any(one.startswith(text) for one in known), text
+    for name in re.findall(r"`([a-z]+(?:_[a-z]+)*(?:\.[a-z_]+)?)`", RUNBOOK):
+        at: Any = settings
+        for part in name.split("."):
+            if not name.startswith("infomcr_"):
+                assert part in at, name
+                at = at[part]
+
+
+def test_promtool_has_nothing_to_say(promtool: Path) -> None:
+    for command in (
+        ["check", "rules", "--lint=all", "rules.yaml"],
+        ["check", "config", "--lint=all", "prometheus.yaml"],
+        ["test", "rules", "rules_test.yaml"],
+    ):
+        result = subprocess.run([promtool, *command], cwd=MONITORING, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "SUCCESS" in result.stdout
+        assert "FAILED" not in result.stdout + result.stderr
+
+
+def test_every_alert_is_tested_firing_and_silent() -> None:
+    tests = yaml.safe_load((MONITORING / "rules_test.yaml").read_text())["tests"]
+    fire, silent = set(), set()
+    for test in tests:
+        expected = [one for one in test["promql_expr_test"] if "ALERTS" in one["expr"]]
+        named = {
+            a for one in expected for s in one["exp_samples"] for a in re.findall(r'alertname="(\w+)"', s["labels"])
+        }
+        fire |= named
+        silent |= named if any(not one["exp_samples"] for one in expected) else set()
+    assert fire == silent == {alert["alert"] for alert in ALERTS}
+
+
+# A running job.
+
+
+class Webhook(http.server.BaseHTTPRequestHandler):
+    """Keeps what Alertmanager sends."""
+
+    received: ClassVar[list[dict[str, Any]]] = []
+
+    def do_POST(self) -> None:
+        self.received += json.loads(self.rfile.read(int(self.headers["Content-Length"])))["alerts"]
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    @classmethod
+    def has(cls, name: str, status: str) -> dict[str, Any] | None:
+        return next((a for a in cls.received if (a["labels"]["alertname"], a["status"]) == (name, status)), None)
+
+
+class Watched:
+    """A Prometheus and the job it scrapes."""
+
+    def __init__(self, url: str, run: Path, job: subprocess.Popen[str]) -> None:
+        self.url, self.run, self.job, self.began = url, run, job, time.time()
+        self.slow = run.parent / "slow"
+
+    def get(self, path: str, **arguments: str | float) -> Any:
+        text = fetch(f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(arguments, doseq=True)}")
+        assert text is not None, path
+        return json.loads(text)["data"]
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        """Series at this moment."""
+        result: list[dict[str, Any]] = self.get("query", query=expression)["result"]
+        return result
+
+    def history(self, expression: str) -> list[dict[str, Any]]:
+        """Series since the start, a value a second."""
+        span = {"start": self.began, "end": time.time(), "step": 1}
+        result: list[dict[str, Any]] = self.get("query_range", query=expression, **span)["result"]
+        return result
+
+    def worker(self, rank: int) -> int:
+        """Process id of a rank."""
+        for process in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                command = Path(f"/proc/{process}/cmdline").read_bytes()
+                environment = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            ours = str(self.run).encode() in command and command.startswith(sys.executable.encode())
+            if ours and b"horovodrun" not in command and f"HOROVOD_RANK={rank}".encode() in environment:
+                return int(process)
+        raise AssertionError(f"no rank {rank}")
+
+
+@pytest.fixture(scope="module")
+def watched(
+    tmp_path_factory: pytest.TempPathFactory, small_data: Path, debian_program: Callable[[str, str], Path]
+) -> Iterator[Watched]:
+    """A run that goes on until the tests are over, scraped each second; its alerts arrive at `Webhook`."""
+    programs = [
+        debian_program("prometheus", "prometheus"),
+        debian_program("prometheus-alertmanager", "prometheus-alertmanager"),
+    ]
+    folder = tmp_path_factory.mktemp("watched")
+    training, prometheus, alertmanager = free_port(), *free_ports(2)
+    webhook = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Webhook)
+    threading.Thread(target=webhook.serve_forever, daemon=True).start()
+
+    config = yaml.safe_load((MONITORING / "prometheus.yaml").read_text())
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["scrape_configs"][0]["static_configs"] = [{"targets": [f"127.0.0.1:{training + i}" for i in range(2)]}]
+    config["alerting"] = {"alertmanagers": [{"static_configs": [{"targets": [f"127.0.0.1:{alertmanager}"]}]}]}
+    receiver = {"name": "test", "webhook_configs": [{"url": f"http://127.0.0.1:{webhook.server_port}"}]}
+    route = {"receiver": "test", "group_by": ["..."], "group_wait": "0s", "group_interval": "1s"}
+    (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
+    (folder / "alertmanager.yaml").write_text(yaml.safe_dump({"route": route, "receivers": [receiver]}))
+    (folder / "rules.yaml").write_text(shortened((MONITORING / "rules.yaml").read_text()))
+    (folder / "recipe.yaml").write_text(RECIPE.replace("DATA", str(small_data)))
+    commands = [
+        [programs[0], "--config.file=prometheus.yaml", "--storage.tsdb.path=tsdb",
+         f"--web.listen-address=127.0.0.1:{prometheus}"],
+        [programs[1], "--config.file=alertmanager.yaml", "--storage.path=alerts", "--cluster.listen-address=",
+         f"--web.listen-address=127.0.0.1:{alertmanager}"],
+    ]  # fmt: skip
+    servers = []
+    for i, command in enumerate(commands):
+        log = open(folder / f"server-{i}.log", "w")  # noqa: SIM115
+        servers.append(subprocess.Popen(command, cwd=folder, stdout=log, stderr=log))
+        log.close()
+    for port in (prometheus, alertmanager):
+        wait(lambda port=port: fetch(f"http://127.0.0.1:{port}/-/ready"), 30, f"a server, see {folder}")
+    environment = ["env", f"PYTHONPATH={WORKERS}:{ROOT}", f"SLOW={folder / 'slow'}"]
+    run = [sys.executable, "-m", "infomcr_dist.train", "recipe.yaml", f"run_dir={folder / 'run'}"]
+    job = start_horovodrun(2, *environment, *run, f"telemetry.port={training}", cwd=folder)
+    watched = Watched(f"http://127.0.0.1:{prometheus}", folder / "run", job)
+    try:
+        yield watched
+    finally:
+        job.terminate()
+        output, errors = job.communicate(timeout=60)
+        for server in servers:
+            server.terminate()
+            server.wait(timeout=30)
+        webhook.shutdown()
+        webhook.server_close()
+    assert "stopped: saved after step" in output + errors
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def shortened(rules: str) -> str:
+    """The rules with the windows and waits of `SHORTER`."""
+    for long, short in SHORTER.items():
+        assert long in rules, long
+        rules = rules.replace(long, short)
+    return rules
+
+
+@pytest.fixture(scope="module")
+def regularized(watched: Watched) -> Watched:
+    """The job, some time after its regularizer is on and it has measured itself."""
+
+    def measured() -> bool:
+        assert watched.job.poll() is None, watched.job.communicate()
+        return bool(
+            watched.query("infomcr_overhead_ratio > 0 and infomcr_gamma_hat and infomcr_epochs_completed > 40")
+            and watched.query("job:infomcr_regularized_step_overhead:ratio_5m > 0")
+        )
+
+    wait(measured, 120, "a regularized run")
+    return watched
+
+
+def filled_in(expression: str) -> str:
+    """A query with the dashboard's variables replaced, as Grafana does."""
+    for name, value in {
+        "$__rate_interval": "10s",
+        "$__interval": "1s",
+        "$job": "training",
+        "$rank": ".*",
+    }.items():
+        expression = expression.replace(name, value)
+    assert "$" not in expression
+    return expression
+
+
+def dashboard_queries() -> dict[str, str]:
+    queries = {
+        f"{panel['title']}: {target['legendFormat']}": target["expr"]
+        for panel in DASHBOARD["panels"]
+        for target in panel.get("targets", [])
+    }
+    return queries | {f"annotation {a['name']}": a["expr"] for a in DASHBOARD["annotations"]["list"]}
+
+
+def test_every_query_of_the_dashboard_has_data(regularized: Watched) -> None:
+    empty = set()
+    for name, expression in dashboard_queries().items():
+        values = [float(v) for s in regularized.history(filled_in(expression)) for _, v in s["values"]]
+        if not any(v == v for v in values):
+            empty.add(name)
+    assert empty == set(NO_DATA)
+
+
+def test_the_variables_offer_the_job_and_its_ranks(regularized: Watched) -> None:
+    offered = {}
+    for variable in DASHBOARD["templating"]["list"]:
+        if variable["type"] == "query":
+            query = re.fullmatch(r"label_values\((.+), (\w+)\)", filled_in(variable["query"]["query"]))
+            assert query is not None
+            offered[variable["name"]] = regularized.get(f"label/{query[2]}/values", **{"match[]": query[1]})
+    assert offered == {"job": ["training"], "rank": ["0", "1"]}
+
+
+def test_every_metric_that_is_watched_is_exported(regularized: Watched) -> None:
+    files = [MONITORING / name for name in ("rules.yaml", "rules_test.yaml", "dashboard.json", "RUNBOOK.md")]
+    named = {name for file in files for name in re.findall(r"(?<![:\w])infomcr_[a-z0-9_]+(?![:\w])", file.read_text())}
+    exported = set(regularized.get("label/__name__/values"))
+    assert named - exported == {"infomcr_gpu_memory_bytes"}, "there is no GPU here"
+
+
+def test_the_parts_of_a_step_add_up_to_it(regularized: Watched) -> None:
+    """By construction of `rest`, and none of them is negative."""
+    parts = {name: q for name, q in dashboard_queries().items() if name.startswith("Mean step, by what it did: ")}
+    assert len(parts) == 4
+    seconds = {name: float(regularized.query(filled_in(q))[0]["value"][1]) for name, q in parts.items()}
+    assert all(value >= 0 for value in seconds.values()), seconds
+
+
+def test_a_slow_rank_is_named_at_the_webhook(regularized: Watched) -> None:
+    regularized.slow.touch()
+    try:
+        alert = wait(lambda: Webhook.has("Straggler", "firing"), 60, "the alert Straggler")
+    finally:
+        regularized.slow.unlink()
+    assert (alert["labels"]["rank"], alert["labels"]["job"]) == ("1", "training")
+    assert alert["annotations"]["summary"] == "Rank 1 of training holds the others up"
+    wait(lambda: Webhook.has("Straggler", "resolved"), 60, "the end of the alert Straggler")
+
+
+def test_a_job_that_stands_still_is_told_to_the_webhook(regularized: Watched) -> None:
+    process = regularized.worker(rank=1)
+    os.kill(process, signal.SIGSTOP)
+    try:
+        alert = wait(lambda: Webhook.has("TrainingStalled", "firing"), 60, "the alert TrainingStalled")
+    finally:
+        os.kill(process, signal.SIGCONT)
+    assert alert["labels"]["severity"] == "critical"
+    assert alert["annotations"]["summary"] == "training makes no steps"
+    wait(lambda: Webhook.has("TrainingStalled", "resolved"), 60, "the end of the alert TrainingStalled")
+    assert regularized.job.poll() is None
