@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,10 @@ from typing import Any, ClassVar
 import pytest
 import yaml
 from conftest import ROOT, WORKERS, start_horovodrun
+from grafana_foundation_sdk.cog import plugins
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.dashboard import Dashboard
+from PIL import Image
 
 from infomcr_dist.config import Config
 from infomcr_dist.options import to_dict
@@ -124,10 +129,6 @@ def lost(ours: Any, theirs: Any, path: str = "") -> Iterator[str]:
 
 def test_grafana_knows_every_field_of_the_dashboard() -> None:
     """Read and written by Grafana's own models of its version 11.6, it is the same: they drop what they do not know."""
-    plugins = pytest.importorskip("grafana_foundation_sdk.cog.plugins")
-    from grafana_foundation_sdk.cog.encoder import JSONEncoder
-    from grafana_foundation_sdk.models.dashboard import Dashboard
-
     plugins.register_default_plugins()
     back = json.loads(JSONEncoder().encode(Dashboard.from_json(DASHBOARD)))
     # Read by the Prometheus data source itself, so its type has it not (processEvents in its annotations.ts).
@@ -444,3 +445,55 @@ def test_a_job_that_stands_still_is_told_to_the_webhook(regularized: Watched) ->
     assert alert["annotations"]["summary"] == "training makes no steps"
     Webhook.wait_for("TrainingStalled", "resolved")
     assert regularized.job.poll() is None
+
+
+def test_a_pushgateway_keeps_the_results_of_a_run_that_has_ended(
+    tmp_path: Path, small_data: Path, debian_program: Callable[[str, str], Path], promtool: Path
+) -> None:
+    program = debian_program("prometheus-pushgateway", "prometheus-pushgateway")
+    (port,) = free_ports(1)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("DATA", str(small_data)))
+    settings = ["model=resnet20", "epochs=2", "schedule.milestones=[1]", "run_dir=run", "telemetry.port=null"]
+    with server([*at_home(program), f"--web.listen-address=127.0.0.1:{port}"], port, tmp_path):
+        command = [sys.executable, "-m", "infomcr_dist.train", "recipe.yaml", *settings]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        subprocess.run([*command, f"telemetry.pushgateway=127.0.0.1:{port}"], cwd=tmp_path, env=environment, check=True)
+        pushed = fetch(f"http://127.0.0.1:{port}/metrics")
+    assert pushed is not None
+    lines = (tmp_path / "run" / "records.jsonl").read_text().splitlines()
+    errors = {r["split"]: r["top1_error_ratio"] for r in map(json.loads, lines) if r["kind"] == "evaluation"}
+    for split, error in errors.items():
+        value = re.search(rf'^infomcr_top1_error_ratio{{.*split="{split}".*}} (.+)$', pushed, re.MULTILINE)
+        assert value is not None, pushed
+        assert float(value[1]) == pytest.approx(error)
+    ours = "".join(line + "\n" for line in pushed.splitlines() if re.match(r"(# \w+ )?infomcr_", line))
+    result = subprocess.run([promtool, "check", "metrics"], input=ours, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.ops
+def test_grafanas_components_draw_the_dashboard(regularized: Watched, tmp_path: Path) -> None:
+    """Each panel of lines has a line: coloured pixels within its place."""
+    for tool in ("npm", "node", "chromium"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    folder = tmp_path / "monitoring" / "render"
+    shutil.copytree(MONITORING / "render", folder, ignore=shutil.ignore_patterns("node_modules"))
+    shutil.copy(MONITORING / "dashboard.json", folder.parent)
+    install = ["npm", "install", "--ignore-scripts", "--no-package-lock", "--no-audit", "--no-fund"]
+    subprocess.run(install, cwd=folder, check=True, capture_output=True)
+    picture = tmp_path / "picture.png"
+    command = ["node", "render.mjs", regularized.url, "training", picture]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    with Image.open(picture) as image:
+        saturation = image.convert("HSV").getchannel("S")
+    row, header = (
+        int(re.search(rf"^const {n} = (\d+);", (folder / "render.mjs").read_text(), re.M)[1]) for n in ("ROW", "HEADER")
+    )
+    for panel in DASHBOARD["panels"]:
+        if panel["type"] == "timeseries":
+            x, y, w, h = (panel["gridPos"][key] for key in "xywh")
+            column = (saturation.width - 8) / 24
+            box = (8 + x * column, header + y * row + 40, 8 + (x + w) * column - 8, header + (y + h) * row - 50)
+            pixels = saturation.crop(tuple(map(round, box))).tobytes()
+            assert sum(s > 100 for s in pixels) > 200, panel["title"]

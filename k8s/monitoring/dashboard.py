@@ -22,9 +22,6 @@ _COLOR = {
     "allreduce wait": "purple",
     "penalty": "orange",
     "rest": "blue",
-    "test": "red",
-    "train": "green",
-    "test − train": "text",
 }
 """The same thing has the same colour in every panel."""
 
@@ -187,8 +184,12 @@ def color(name: str) -> Json:
 
 
 def override(name: str, values: Json) -> Json:
+    """Settings of one legend entry; ``*end``: of all that end so."""
+    matcher = {"id": "byName", "options": name}
+    if name.startswith("*"):
+        matcher = {"id": "byRegexp", "options": f"/{name[1:]}$/"}
     properties = [{"id": key, "value": value} for key, value in values.items()]
-    return {"matcher": {"id": "byName", "options": name}, "properties": properties}
+    return {"matcher": matcher, "properties": properties}
 
 
 DASHED = {"custom.lineStyle": {"fill": "dash", "dash": [8, 6]}}
@@ -197,7 +198,7 @@ EDGE = {"custom.lineWidth": 0, "custom.hideFrom": {"legend": True, "tooltip": Fa
 
 GLANCE = [
     stat(
-        "Regularized ÷ plain step",
+        "Overhead",
         {"ratio": OVERHEAD},
         "suffix: ×",
         decimals=2,
@@ -234,11 +235,11 @@ GLANCE = [
         why="Ranks that train together; endpoints that answer Prometheus.",
     ),
     stat(
-        "Top-1 error, test − train",
+        "Test − train",
         {"gap": f"{error('test')} - {error('train')}"},
         "percentunit",
         decimals=2,
-        why="Of the last evaluation of each.",
+        why="Top-1 error, of the last evaluation of each: what a flatter minimum should make smaller.",
     ),
     stat(
         "γ̂",
@@ -317,10 +318,14 @@ BOUGHT_PANELS = [
     series(
         "Top-1 error",
         8,
-        {"test": error("test"), "train": error("train"), "test − train": f"{error('test')} - {error('train')}"},
+        {"test": error("test"), "train": error("train")},
         "percentunit",
-        why="Each of its last evaluation. The gap is what a flatter minimum should make smaller.",
-        overrides={"test − train": color(_COLOR["test − train"]) | DASHED},
+        least=0,
+        why="Each of its last evaluation; the band between them is what a flatter minimum should make narrower.",
+        overrides={
+            "test": color("red") | {"custom.fillBelowTo": "train", "custom.fillOpacity": 20},
+            "train": color("green"),
+        },
     ),
     series(
         "Loss, and the penalty that is added to it",
@@ -352,15 +357,20 @@ RANK_PANELS = [
         },
         "percentunit",
         least=0,
+        overrides={"*, data wait": DASHED},
         why="Data wait: decoding is the bottleneck. Allreduce wait: the network, or a slower rank (see left).",
     ),
     series(
-        "Gradients sent through the allreduce",
+        "Allreduce traffic during steps",
         8,
-        {"rank {{rank}}": f"sum by (rank) ({of_ranks(rate('infomcr_allreduce_bytes_total'))})"},
+        {
+            "rank {{rank}}": f"sum by (rank) ({of_ranks(rate('infomcr_allreduce_bytes_total'))})"
+            f" / {by_rank('infomcr_step_duration_seconds')}"
+        },
         "Bps",
         least=0,
-        why="A regularized step sends what a plain step sends: bytes a second fall when steps get longer.",
+        why="Bytes of gradients a rank gives to the allreduce, over the time of the steps. A regularized step sends "
+        "what a plain one sends.",
     ),
 ]
 
@@ -381,15 +391,16 @@ ALIVE_PANELS = [
         "Went wrong, since the start",
         6,
         {
-            "steps that were not finite": f"max({of_job('infomcr_nonfinite_steps_total')})",
-            "samples that cannot be read": f"sum({of_job('infomcr_data_errors_total')})",
-            "checkpoints not written": f"sum({of_job('infomcr_checkpoints_total', outcome='failed')})",
-            "singular trials of γ̂": f"max({of_job('infomcr_gamma_hat_singular_trials')})",
+            "non-finite steps": f"max({of_job('infomcr_nonfinite_steps_total')})",
+            "unreadable samples": f"sum({of_job('infomcr_data_errors_total')})",
+            "failed checkpoints": f"sum({of_job('infomcr_checkpoints_total', outcome='failed')})",
+            "singular trials": f"max({of_job('infomcr_gamma_hat_singular_trials')})",
         },
         "none",
         least=0,
         decimals=0,
-        why="All should be zero.",
+        why="All should be zero. Singular trials: of the last estimate of γ̂.",
+        overrides={"*": {"custom.axisSoftMax": 1}},
     ),
     series(
         "Learning rate and β",
