@@ -79,9 +79,23 @@ OWN_TIME = (
 )
 
 
+def known(metric: str) -> str:
+    """A gauge that is 0 until it is measured, or where it does not apply; nothing then."""
+    return f"(max({of_job(metric)}) > 0)"
+
+
 def since(timestamp: str) -> str:
     """Seconds since a time that a metric gives."""
-    return f"time() - max({of_job(timestamp)})"
+    return f"time() - {known(timestamp)}"
+
+
+def of_gamma(metric: str) -> str:
+    """γ̂ may well be 0 or less: it is known once its estimate has cost time."""
+    cost = of_job("infomcr_gamma_hat_cost_seconds")
+    return f"max({of_job(metric)} and on (instance) {cost} > 0)"
+
+
+GAMMA, GAMMA_ERROR = of_gamma("infomcr_gamma_hat"), of_gamma("infomcr_gamma_hat_standard_error")
 
 
 def error(split: str) -> str:
@@ -243,7 +257,7 @@ GLANCE = [
     ),
     stat(
         "γ̂",
-        {"gamma": f"max({of_job('infomcr_gamma_hat')})"},
+        {"gamma": GAMMA},
         "none",
         decimals=1,
         why="The metric, ln|ξ| (Eq. 6) of training images: lower generalizes better.",
@@ -279,8 +293,8 @@ OVERHEAD_PANELS = [
         6,
         {
             "regularized ÷ plain": OVERHEAD,
-            "all steps since switch-on ÷ plain": f"avg({of_job('infomcr_overhead_ratio')})",
-            "budget": f"max({of_job('infomcr_overhead_budget_ratio')})",
+            "all steps since switch-on ÷ plain": known("infomcr_overhead_ratio"),
+            "budget": known("infomcr_overhead_budget_ratio"),
         },
         "suffix: ×",
         least=1,
@@ -299,11 +313,9 @@ BOUGHT_PANELS = [
         "Metric γ̂ ± standard error",
         8,
         {
-            "γ̂ + standard error": f"max({of_job('infomcr_gamma_hat')})"
-            f" + max({of_job('infomcr_gamma_hat_standard_error')})",
-            "γ̂": f"max({of_job('infomcr_gamma_hat')})",
-            "γ̂ − standard error": f"max({of_job('infomcr_gamma_hat')})"
-            f" - max({of_job('infomcr_gamma_hat_standard_error')})",
+            "γ̂ + standard error": f"{GAMMA} + {GAMMA_ERROR}",
+            "γ̂": GAMMA,
+            "γ̂ − standard error": f"{GAMMA} - {GAMMA_ERROR}",
         },
         "none",
         why="ln|ξ| of training images (Eq. 6): lower generalizes better. No line: not estimated yet.",
@@ -381,7 +393,7 @@ ALIVE_PANELS = [
         {
             "step": since("infomcr_last_step_timestamp_seconds"),
             "checkpoint": since("infomcr_last_checkpoint_timestamp_seconds"),
-            "γ̂": f"max({of_job('infomcr_gamma_hat_age_seconds')})",
+            "γ̂": of_gamma("infomcr_gamma_hat_age_seconds"),
         },
         "s",
         least=0,
