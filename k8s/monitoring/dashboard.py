@@ -41,6 +41,11 @@ def rate(metric: str, **labels: str) -> str:
     return f"rate({of_job(metric, **labels)}[$__rate_interval])"
 
 
+def five_minutes(expression: str) -> str:
+    """For a single number: over a window that an evaluation does not fill."""
+    return expression.replace("[$__rate_interval]", "[5m]")
+
+
 def of_ranks(series: str) -> str:
     """Series of the chosen ranks, with the label ``rank``."""
     return f'{series} * on (job, instance) group_left (rank) infomcr_rank_info{{job="$job", rank=~"$rank"}}'
@@ -65,6 +70,7 @@ def quantile(q: float) -> str:
 OVERHEAD = (
     f"histogram_quantile(0.5, sum by (le) ({rate('infomcr_step_duration_seconds_bucket', phase='regularized')}))"
     f" / histogram_quantile(0.5, sum by (le) ({of_job('infomcr_step_duration_seconds_bucket', phase='plain')}))"
+    " > 0"  # not where there was no step
 )
 PROGRESS = f"max({of_job('infomcr_progress_ratio')})"
 PARTS = {
@@ -130,14 +136,13 @@ def stat(
     why: str,
     decimals: int | None = None,
     limits: tuple[float, float] | None = None,
-    none: str = "–",
 ) -> Json:
     """A number; orange and red from two limits on, where there are any."""
     steps: list[Json] = [{"value": None, "color": "text"}]
     if limits is not None:
         steps = [{"value": None, "color": "green"}]
         steps += [{"value": v, "color": c} for v, c in zip(limits, ("orange", "red"), strict=True)]
-    defaults: Json = {"unit": unit, "noValue": none, "thresholds": {"mode": "absolute", "steps": steps}}
+    defaults: Json = {"unit": unit, "noValue": "–", "thresholds": {"mode": "absolute", "steps": steps}}
     if decimals is not None:
         defaults["decimals"] = decimals
     options = {
@@ -213,18 +218,17 @@ EDGE = {"custom.lineWidth": 0, "custom.hideFrom": {"legend": True, "tooltip": Fa
 GLANCE = [
     stat(
         "Overhead",
-        {"ratio": OVERHEAD},
+        {"ratio": five_minutes(OVERHEAD)},
         "suffix: ×",
         decimals=2,
-        none="not on",
-        why="Median time of a regularized step now over the median of all plain steps of the job.",
+        why="Median time of the regularized steps of the last 5 minutes over that of all plain steps of the job.",
     ),
     stat(
         "Throughput",
-        {"images": f"sum({rate('infomcr_samples_total')})"},
+        {"images": five_minutes(f"sum({rate('infomcr_samples_total')})")},
         "suffix: img/s",
         decimals=0,
-        why="Training images of all ranks a second, pauses between epochs included.",
+        why="Training images of all ranks a second over the last 5 minutes, pauses between epochs included.",
     ),
     stat("Done", {"progress": PROGRESS}, "percentunit", decimals=1, why="Share of the whole run's steps."),
     stat(
