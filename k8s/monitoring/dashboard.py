@@ -66,11 +66,13 @@ def quantile(q: float) -> str:
     return f"histogram_quantile({q}, sum by (phase, le) ({rate('infomcr_step_duration_seconds_bucket')}))"
 
 
-# The run took its plain steps before it was regularized: their median is that of all of them.
+# A run takes its plain steps first: their median is that of all of them. Restarted later, a process has had none, but
+# for an epoch's last, smaller batches: a twentieth is no basis to compare with.
 OVERHEAD = (
     f"histogram_quantile(0.5, sum by (le) ({rate('infomcr_step_duration_seconds_bucket', phase='regularized')}))"
-    f" / histogram_quantile(0.5, sum by (le) ({of_job('infomcr_step_duration_seconds_bucket', phase='plain')}))"
-    " > 0"  # not where there was no step
+    f" / histogram_quantile(0.5, sum by (le) ({of_job('infomcr_step_duration_seconds_bucket', phase='plain')})) > 0"
+    f" and sum({of_job('infomcr_step_duration_seconds_count', phase='plain')})"
+    f" > 0.05 * sum({of_job('infomcr_step_duration_seconds_count', phase='regularized')})"
 )
 PROGRESS = f"max({of_job('infomcr_progress_ratio')})"
 PARTS = {
