@@ -1,9 +1,10 @@
 // A picture of ../dashboard.json, drawn by Grafana's own components (@grafana/ui) in Chromium; no Grafana server.
 //
 //   npm install --ignore-scripts --no-package-lock
-//   node render.mjs http://127.0.0.1:9090 JOB OUTPUT.png
+//   node render.mjs http://127.0.0.1:9090 JOB OUTPUT.png [UNIX_TIME]
 //
-// It asks that Prometheus what the panels' queries ask, over all the time it has of the job. $CHROMIUM: the browser.
+// It asks that Prometheus what the panels' queries ask, over the job's last two hours, as of now or of that time.
+// $CHROMIUM: the browser.
 import { execFileSync } from 'node:child_process';
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
@@ -17,9 +18,9 @@ const HEADER = 56;
 const POINTS = 500;
 
 const here = dirname(fileURLToPath(import.meta.url));
-const [prometheus, job, output] = process.argv.slice(2);
+const [prometheus, job, output, until] = process.argv.slice(2);
 if (!output) {
-  console.error('usage: node render.mjs PROMETHEUS_URL JOB OUTPUT.png');
+  console.error('usage: node render.mjs PROMETHEUS_URL JOB OUTPUT.png [UNIX_TIME]');
   process.exit(2);
 }
 
@@ -30,8 +31,8 @@ async function api(path, parameters) {
   return body.data.result;
 }
 
-// From the first to the last moment at which the job's endpoints said anything, in the last two hours.
-const now = Date.now() / 1000;
+// From the first to the last moment at which the job's endpoints said anything.
+const now = until ? Number(until) : Date.now() / 1000;
 const seen = (await api('query_range', { query: `sum(infomcr_world_size{job="${job}"})`, start: now - 7200, end: now, step: 1 }))[0];
 if (!seen) throw new Error(`${prometheus} has nothing of the job ${job}`);
 const from = seen.values[0][0];
