@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,36 @@ def shared_data(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"{path.name} is not beside the project (../shared/data)")
     return path
+
+
+@pytest.fixture(scope="session")
+def debian_program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """Gives a program: the one of the PATH, or of Debian's package, unpacked without root."""
+
+    def find(program: str, package: str) -> Path:
+        if found := shutil.which(program):
+            return Path(found)
+        folder = tmp_path_factory.getbasetemp() / package
+        if not folder.exists():
+            folder.mkdir()
+            lists = ["-o", f"Dir::State={folder}", "-o", f"Dir::Cache={folder}", "-o", "Debug::NoLocking=1"]
+            for command in (["apt-get", "-qq", "download", package], ["apt-get", "-qq", *lists, "update"],
+                            ["apt-get", "-qq", *lists, "download", package]):  # fmt: skip
+                if not list(folder.glob("*.deb")):
+                    subprocess.run(command, cwd=folder, capture_output=True, check=False)
+            for archive in folder.glob("*.deb"):
+                subprocess.run(["dpkg-deb", "-x", archive, folder], check=True)
+        if not (folder / "usr" / "bin" / program).exists():
+            pytest.skip(f"{program} is neither installed nor to be had from Debian's package {package}")
+        return folder / "usr" / "bin" / program
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def promtool(debian_program: Callable[[str, str], Path]) -> Path:
+    """Prometheus' checker of metrics, rules and configurations."""
+    return debian_program("promtool", "prometheus")
 
 
 @pytest.fixture(scope="session")

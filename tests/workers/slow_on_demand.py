@@ -1,0 +1,19 @@
+"""A network, given to the trainer by import path, whose rank 1 trains slowly while the file of $SLOW exists."""
+
+import os
+import time
+
+import plain_net
+import torch
+from torch import nn
+
+
+class Slow(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and os.environ.get("HOROVOD_RANK") == "1" and os.path.exists(os.environ["SLOW"]):
+            time.sleep(0.1)
+        return x
+
+
+def build(classes: int, image_size: int) -> nn.Module:
+    return nn.Sequential(Slow(), *plain_net.build(classes, image_size))
