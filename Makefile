@@ -1,6 +1,6 @@
 # make train: set up, then train the demo on two Horovod workers.   make test: set up, then lint, types and tests.
-# make chaos: a run under thirty random faults, next to the same run left alone.
-.PHONY: setup train test chaos
+# make chaos: a run under thirty random faults, next to the same run left alone.   make check-ops: draws the dashboard.
+.PHONY: setup train test chaos check-ops
 SHELL := bash
 
 setup:
@@ -14,3 +14,6 @@ test: setup
 
 chaos: setup
 	@. .venv/bin/activate && PYTHONPATH=. python benchmarks/chaos.py $(ARGS)
+
+check-ops: setup
+	@. .venv/bin/activate && python -m pytest -m ops $(ARGS)

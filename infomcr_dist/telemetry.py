@@ -235,33 +235,32 @@ class _Metrics:
             self._labelled["checkpoints"].labels(outcome)
         for reason in RESET_REASONS:
             self._labelled["elastic_resets"].labels(reason)
-        self._gauges = {
-            name: Gauge(name, text, **common)
-            for name, text in {
-                "loss": "Loss of the last global batch, without the penalty",
-                "penalty": "Penalty R_alpha of the last regularized batch, before beta",
-                "beta": "Weight of the penalty in the last update",
-                "gradient_norm": "2-norm of the last averaged, regularized gradient, before clipping",
-                "learning_rate": "Learning rate of the last update",
-                "regularizer_active": "1 if the last update was regularized",
-                "world_size": "Workers of the run",
-                "epochs_completed": "Epochs behind the run",
-                "progress_ratio": "Updates behind the run over all of its updates",
-                "last_step_timestamp_seconds": "When the last update ended, Unix time",
-                "last_checkpoint_timestamp_seconds": "When the last checkpoint was written, Unix time",
-                "memory_bytes": "Memory of this rank's process (resident)",
-                "gamma_hat": "Metric gamma-hat, ln of the determinant of xi (Eq. 6); lower generalizes better",
-                "gamma_hat_standard_error": "Standard error of gamma_hat over its trials",
-                "gamma_hat_cost_seconds": "Time the last estimate of gamma_hat took",
-                "gamma_hat_age_seconds": "Time since the last estimate of gamma_hat",
-                "gamma_hat_singular_trials": "Trials of the last estimate whose matrix was not positive definite",
-                "fisher_trace": "Trace of the Fisher information, mean over the trials",
-                "fisher_spectral_radius": "Spectral radius of the Fisher information, mean over the trials",
-                "penalty_health_ratio": "Relative disagreement of finite difference and exact derivative",
-                "penalised_sub_batches": "Sub-batches of the last update whose penalty was taken",
-                "overhead_ratio": "Time of the steps since the regularizer is on over that of plain steps",
-                "overhead_budget_ratio": "What overhead_ratio is held at (regularizer.budget)",
-            }.items()
+        self._common = common
+        self._gauges: dict[str, Gauge] = {}
+        self._gauge_texts = {
+            "loss": "Loss of the last global batch, without the penalty",
+            "penalty": "Penalty R_alpha of the last regularized batch, before beta",
+            "beta": "Weight of the penalty in the last update",
+            "gradient_norm": "2-norm of the last averaged, regularized gradient, before clipping",
+            "learning_rate": "Learning rate of the last update",
+            "regularizer_active": "1 if the last update was regularized",
+            "world_size": "Workers of the run",
+            "epochs_completed": "Epochs behind the run",
+            "progress_ratio": "Updates behind the run over all of its updates",
+            "last_step_timestamp_seconds": "When the last update ended, Unix time",
+            "last_checkpoint_timestamp_seconds": "When the last checkpoint was written, Unix time",
+            "memory_bytes": "Memory of this rank's process (resident)",
+            "gamma_hat": "Metric gamma-hat, ln of the determinant of xi (Eq. 6); lower generalizes better",
+            "gamma_hat_standard_error": "Standard error of gamma_hat over its trials",
+            "gamma_hat_cost_seconds": "Time the last estimate of gamma_hat took",
+            "gamma_hat_age_seconds": "Time since the last estimate of gamma_hat",
+            "gamma_hat_singular_trials": "Trials of the last estimate whose matrix was not positive definite",
+            "fisher_trace": "Trace of the Fisher information, mean over the trials",
+            "fisher_spectral_radius": "Spectral radius of the Fisher information, mean over the trials",
+            "penalty_health_ratio": "Relative disagreement of finite difference and exact derivative",
+            "penalised_sub_batches": "Sub-batches of the last update whose penalty was taken",
+            "overhead_ratio": "Time of a step since the regularizer is on over a plain one's, measured by the run",
+            "overhead_budget_ratio": "What overhead_ratio is held at (regularizer.budget)",
         }
         self._errors = {
             name: Gauge(name, text, ["split"], **common)
@@ -270,11 +269,17 @@ class _Metrics:
                 "top5_error_ratio": "Top-5 error of the last evaluation, 0 to 1",
             }.items()
         }
-        self._gauges["world_size"].set(world_size)
-        self._gauges["memory_bytes"].set_function(_resident_bytes)
+        self._gauge("world_size").set(world_size)
+        self._gauge("memory_bytes").set_function(_resident_bytes)
         if torch.cuda.is_available():
             gpu = Gauge("gpu_memory_bytes", "Memory that torch holds on this rank's GPU", **common)
             gpu.set_function(torch.cuda.memory_reserved)
+
+    def _gauge(self, name: str) -> Gauge:
+        """Made with its first value: a gauge that says 0 where nothing was measured would be believed."""
+        if name not in self._gauges:
+            self._gauges[name] = Gauge(name, self._gauge_texts[name], **self._common)
+        return self._gauges[name]
 
     def step(self, record: StepRecord) -> None:
         self._duration.labels(record.phase).observe(record.step_duration_seconds)
@@ -283,26 +288,26 @@ class _Metrics:
                 counter.inc(getattr(record, name))
         self._counters["nonfinite_steps"].inc(not record.finite)
         self._labelled["steps"].labels(record.phase).inc()
-        self._gauges["regularizer_active"].set(record.phase == "regularized")
-        self._gauges["last_step_timestamp_seconds"].set_to_current_time()
-        self._gauges["penalised_sub_batches"].set(record.penalised or 0)
+        self._gauge("regularizer_active").set(record.phase == "regularized")
+        self._gauge("last_step_timestamp_seconds").set_to_current_time()
+        self._gauge("penalised_sub_batches").set(record.penalised or 0)
         self.event(vars(record))
 
     def event(self, values: dict[str, Any]) -> None:
         if "gamma_hat" in values:
             measured = time.time()
-            self._gauges["gamma_hat_age_seconds"].set_function(lambda: time.time() - measured)
+            self._gauge("gamma_hat_age_seconds").set_function(lambda: time.time() - measured)
         if "outcome" in values:
             self._labelled["checkpoints"].labels(values["outcome"]).inc()
             if values["outcome"] == "written":
-                self._gauges["last_checkpoint_timestamp_seconds"].set_to_current_time()
+                self._gauge("last_checkpoint_timestamp_seconds").set_to_current_time()
         for reason, count in values.get("elastic_resets", {}).items():
             self._labelled["elastic_resets"].labels(reason).inc(count)
         for name, value in values.items():
             if value is None:
                 continue
-            if name in self._gauges:
-                self._gauges[name].set(value)
+            if name in self._gauge_texts:
+                self._gauge(name).set(value)
             elif name in self._histograms:
                 self._histograms[name].observe(value)
             elif name in self._errors:

@@ -184,6 +184,7 @@ def train(run: Run, stop: StopRequest) -> None:
     for epoch in range(run.first_epoch, config.epochs):
         last = epoch + 1 == config.epochs
         training_loss = train_epoch(run, epoch, criterion, durations, stop)
+        world.place = f"the end of epoch {epoch + 1}"
         run.learning_rate.end_epoch(epoch, training_loss)
         world.average_buffers(run.model)
         _compare_weights(run, (epoch + 1) * run.order.steps, buffers=True)
@@ -232,6 +233,7 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
         skipped, new_errors = len(run.training_images.skipped), len(run.training_images.skipped) - skipped
         progress = epoch + part.step / run.order.steps
         step = epoch * run.order.steps + part.step
+        world.place = f"step {step + 1}"
         rate = run.learning_rate.at(progress)
         was_on = run.penalty_weight.on_since is not None
         beta = run.penalty_weight.at(progress, rate)

@@ -16,7 +16,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from types import FrameType
 from typing import Any
 
 import torch
@@ -63,6 +62,8 @@ class Solo:
     local_rank: int = 0
     local_size: int = 1
     elastic: bool = False
+    place: str = "its preparation"
+    """Where in the run this worker is, for a message that is its last"""
     ends: tuple[type[Exception], ...] = (UserError, Stopped, Diverged)
     """What a command ends for with one line: a user's mistake, or a collective that misses a worker."""
     resets: tuple[type[Exception], ...] = ()
@@ -240,14 +241,24 @@ class StopRequest:
 
     def listen(self) -> None:
         """Take the signals; may be called again."""
-        if not self._before:
-            self._before = [signal.signal(number, self._on_signal) for number in self._SIGNALS]
+        if self._before:
+            return
+        # Python calls a handler when the main thread gets back to it, and that may wait for another worker: a thread
+        # hears of the signal at once.
+        hears, self._tells = os.pipe()
+        os.set_blocking(self._tells, False)
+        threading.Thread(target=self._listen, args=(hears,), daemon=True).start()
+        self._before = [signal.signal(number, lambda *_: None) for number in self._SIGNALS]
+        signal.set_wakeup_fd(self._tells)
 
     def close(self) -> None:
         """Give the signals back."""
-        for number, handler in zip(self._SIGNALS, self._before, strict=False):
-            signal.signal(number, handler)
-        self._before = []
+        if self._before:
+            signal.set_wakeup_fd(-1)
+            os.close(self._tells)
+            for number, handler in zip(self._SIGNALS, self._before, strict=True):
+                signal.signal(number, handler)
+            self._before = []
 
     def want(self) -> None:
         """Wish to stop."""
@@ -257,10 +268,13 @@ class StopRequest:
             timer.daemon = True
             timer.start()
 
-    def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and self.wanted:
-            os._exit(130)
-        self.want()
+    def _listen(self, hears: int) -> None:
+        while told := os.read(hears, 1):
+            if told[0] == signal.SIGINT and self.wanted:
+                os._exit(130)
+            if told[0] in self._SIGNALS:
+                self.want()
+        os.close(hears)
 
     def _overdue(self) -> None:
         message = (
@@ -295,7 +309,10 @@ def report_and_leave(world: Solo, error: Exception) -> int:
         if not world.elastic:  # there others may go on
             world.barrier()  # nobody leaves, and is taken for the cause, before rank 0 has spoken
         return code
-    gone = "another worker is gone; go on from the last checkpoint with resume=auto"
+    gone = (
+        f"another worker is gone, or waits for something else than this one in {world.place}: "
+        "go on from the last checkpoint with resume=auto"
+    )
     reason = str(error) if isinstance(error, UserError) else gone
     _say(f"\n{kind}: rank {world.rank}: {reason}")
     return code

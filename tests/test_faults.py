@@ -45,7 +45,8 @@ def run(folder: Path, workers: int, fault: str, moment: str, rank: int, *setting
     if workers == 1:
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
     else:
-        result = horovodrun(workers, *command, cwd=folder)
+        # Horovod fuses what is ready into one allreduce; three addends or more may then add up in another order.
+        result = horovodrun(workers, "env", "HOROVOD_FUSION_THRESHOLD=0", *command, cwd=folder)
     return result.returncode, result.stdout + result.stderr
 
 
@@ -106,7 +107,7 @@ def test_a_signal_at_any_moment(
         assert checkpoint.load_newest(path, pytest.fail)[1]["step"] == int(saved[1])
         assert code == 75 if workers == 1 else re.search(r"Exit code: 75", output)
     elif workers > 1:
-        assert "another worker is gone; go on from the last checkpoint with resume=auto" in output
+        assert "another worker is gone, or waits" in output
         if fault == "SIGSTOP":
             assert f"error: rank {rank} has stood still for 6 s: killed" in output
     code, output = run(folder, workers, "none", "", 0, *settings)
@@ -144,8 +145,9 @@ def test_a_worker_with_one_batch_fewer_is_named_and_ends_the_run(folder: Path) -
     path = folder / "fewer"
     code, output = run(folder, 2, "one_batch_fewer", "start", 1, f"run_dir={path}", "hang_seconds=4")
     assert code != 0
-    assert re.search(r"Missing ranks:\n(\[0\]<stderr>:0!?: \[.*\n)?\[0\]<stderr>:1!?: \[allreduce", output), output
-    assert "another worker is gone" in output
+    assert re.search(r"Missing ranks:\n\[0\]<stderr>:[01]!?: \[\w*allreduce", output), output
+    assert re.search(r"error: rank 0: another worker is gone, or waits .* in step 5: go on", output)
+    assert re.search(r"error: rank 1: another worker is gone, or waits .* in the end of epoch 1: go on", output)
 
 
 def test_a_full_disk_costs_the_checkpoint_not_the_run(folder: Path, tmp_path: Path) -> None:
