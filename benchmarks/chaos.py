@@ -52,8 +52,8 @@ class Settings:
     """What is run."""
 
     faults: int = 30
-    epochs: int = 30
-    images: int = 3000
+    epochs: int = 12
+    images: int = 2400
     seed: int = 0
     folder: str | None = None
     """Where the runs are kept; null: a temporary directory."""
@@ -190,7 +190,7 @@ def main(settings: Settings) -> int:
     folder = Path(settings.folder or tempfile.mkdtemp(prefix="chaos-")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     arguments = [
-        str(ROOT / "launch/recipes/demo.yaml"), f"epochs={settings.epochs}", "schedule.milestones=[10]",
+        str(ROOT / "launch/recipes/demo.yaml"), f"epochs={settings.epochs}", "schedule.milestones=[6]",
         f"data.train_images={settings.images}", "data.batch_size=null", "data.global_batch_size=96",
         "metric.trials=0", "telemetry.port=null", "threads=1", "checkpoint.keep=3", "checkpoint.every_steps=7",
     ]  # fmt: skip

@@ -5,11 +5,12 @@ Needs root, iproute2 and openssh-server. For benchmarks and tests of what crosse
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def hosts(count: int, folder: Path) -> Iterator[Hosts]:
         made = []
         for i, name in enumerate(names, 1):
             _run("ip", "netns", "add", name)
-            stack.callback(_run, "ip", "netns", "del", name)
+            stack.callback(_remove, name)
             etc = Path("/etc/netns") / name
             etc.mkdir(parents=True)
             stack.callback(shutil.rmtree, etc)
@@ -115,6 +116,15 @@ def hosts(count: int, folder: Path) -> Iterator[Hosts]:
             made.append(host)
         _wait_for_sshd(made)
         yield Hosts(made, folder)
+
+
+def _remove(name: str) -> None:
+    """A namespace lives on, with its link, as long as a process does in it."""
+    for process in subprocess.run(["ip", "netns", "pids", name], capture_output=True, check=True).stdout.split():
+        with suppress(ProcessLookupError):
+            os.kill(int(process), signal.SIGKILL)
+    subprocess.run(["ip", "link", "del", f"im{name}"], capture_output=True, check=False)
+    _run("ip", "netns", "del", name)
 
 
 def _wait_for_sshd(made: list[Host]) -> None:

@@ -130,6 +130,7 @@ class Telemetry:
         self._step = record.step
         if self._file is not None:
             self._write("step", asdict(record))
+        if self._bar is not None:
             penalty = "" if record.penalty is None else f", penalty {record.penalty:.2e}"
             rate = record.global_samples / record.step_duration_seconds
             self._bar.set_postfix_str(
@@ -179,6 +180,7 @@ class Telemetry:
             if isinstance(error, ValueError) and "closed file" not in str(error):
                 raise
             self.launcher_gone = True
+            self._bar.disable = True  # closes without a last word
             self._bar = None
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
