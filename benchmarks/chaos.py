@@ -31,7 +31,7 @@ import numpy as np
 from infomcr_dist import checkpoint, train
 from infomcr_dist.options import load_config
 from infomcr_dist.run import Run, snapshot
-from pipelines import Order, open_dataset
+from pipelines import Order
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["localhost", "127.0.0.1", os.uname().nodename]
@@ -190,7 +190,7 @@ def main(settings: Settings) -> int:
     folder = Path(settings.folder or tempfile.mkdtemp(prefix="chaos-")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     arguments = [
-        str(ROOT / "launch/recipes/demo.yaml"), f"epochs={settings.epochs}", "schedule.milestones=[6]",
+        str(ROOT / "launch/recipes/demo.yaml"), f"epochs={settings.epochs}", f"schedule.milestones=[{settings.epochs // 2}]",
         f"data.train_images={settings.images}", "data.batch_size=null", "data.global_batch_size=96",
         "metric.trials=0", "telemetry.port=null", "threads=1", "checkpoint.keep=3", "checkpoint.every_steps=7",
     ]  # fmt: skip
@@ -264,7 +264,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         sys.exit(worker(sys.argv[2:]))
     try:
-        open_dataset(ROOT / "data" / "fashion-mnist")
         sys.exit(main(load_config(Settings, None, sys.argv[1:])))
     except ValueError as problem:
         sys.exit(f"chaos: {problem}")
