@@ -190,9 +190,9 @@ def main(settings: Settings) -> int:
     folder = Path(settings.folder or tempfile.mkdtemp(prefix="chaos-")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     arguments = [
-        str(ROOT / "launch/recipes/demo.yaml"), f"epochs={settings.epochs}",
-        f"schedule.milestones=[{settings.epochs // 2}]", f"data.train_images={settings.images}",
-        "data.batch_size=null", "data.global_batch_size=96", "metric.trials=0", "telemetry.port=null", "threads=1", "checkpoint.keep=3", "checkpoint.every_steps=7",
+        str(ROOT / "launch/recipes/demo.yaml"), f"epochs={settings.epochs}", "metric.trials=0", "telemetry.port=null",
+        f"schedule.milestones=[{settings.epochs // 2}]", f"data.train_images={settings.images}", "threads=1",
+        "data.batch_size=null", "data.global_batch_size=96", "checkpoint.keep=3", "checkpoint.every_steps=7",
     ]  # fmt: skip
     os.chdir(ROOT)
     train_alone(3, folder / "alone-3", arguments)
