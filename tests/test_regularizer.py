@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from infomcr_dist import regularized_backward
 from infomcr_dist.functional import Params, functional_loss, trainable_parameters
-from infomcr_dist.regularizer import health, sub_batch_penalty
+from infomcr_dist.regularizer import health, plain_backward, sub_batch_penalty
 
 ALPHA, BETA = 1e-4, 10.0
 
@@ -699,3 +699,33 @@ def test_bad_input_of_the_pure_function() -> None:
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="model must have parameters that require a gradient, got none"):
         run(model, batch_of(), {})
+
+
+@pytest.mark.parametrize("way", ["plain", "sampled", "reference"])
+def test_a_batch_in_pieces_has_the_gradient_of_the_whole(way: str) -> None:
+    """Without BatchNorm pieces of 3 images, the last smaller, add up to the batch; hooks fire once a parameter."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.SiLU(), nn.Linear(7, 4)).double()
+    images, labels = torch.randn(8, 5, dtype=torch.float64), torch.randint(4, (8,))
+    fired: list[str] = []
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: fired.append(name))
+    found = []
+    for pieces in (None, 3):
+        model.zero_grad()
+        fired.clear()
+        torch.manual_seed(1)
+        if way == "plain":
+            losses = plain_backward(model, nn.CrossEntropyLoss(), images, labels, weight=0.5, max_batch_size=pieces)
+        else:
+            losses = regularized_backward(
+                model, nn.CrossEntropyLoss(), images, labels, alpha=0.01, beta=2.0, sub_batches=4, way=way,  # type: ignore[arg-type]
+                sampled=1 if way == "sampled" else None, weight=0.5, max_batch_size=pieces,
+            )  # fmt: skip
+        assert sorted(fired) == sorted(name for name, _ in model.named_parameters())
+        found.append((losses.loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(found[0], found[1])
+    if way == "plain":
+        model.zero_grad()
+        (0.5 * nn.CrossEntropyLoss()(model(images), labels)).backward()
+        torch.testing.assert_close([p.grad for p in model.parameters()], found[1][1])
