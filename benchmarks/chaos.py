@@ -207,7 +207,9 @@ def main(settings: Settings) -> int:
             time.sleep(chance.uniform(0, 0.5))
             kind = chance.choices(KINDS, WEIGHTS)[0]
             while not job.workers():
-                wait(job, at)
+                if job.process.poll() is not None:
+                    job.start()
+                time.sleep(0.2)
             job.strike(kind, chance)
             tally[kind] += 1
             print(f"{time.monotonic() - began:5.0f} s, step {at}: {kind}", flush=True)
