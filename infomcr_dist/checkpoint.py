@@ -174,8 +174,8 @@ class Writer:
         before, error = time.perf_counter(), None
         try:
             save(self._directory, step, state, self._keep, best)
-        except OSError as failure:
-            error = str(failure)
+        except Exception as failure:  # whatever it was: nobody may believe that this step is saved
+            error = str(failure) or type(failure).__name__
         self._finished.append(Saved(step, time.perf_counter() - before, error))
 
 

@@ -138,10 +138,6 @@ def snapshot(run: Run, epoch: int, step: int, epoch_loss: tuple[float, float] = 
         "learning_rate": checkpoint.copied(run.learning_rate.state_dict()),
         "penalty_weight": checkpoint.copied(run.penalty_weight.state_dict()),
         "budget": run.budget and checkpoint.copied(run.budget.state_dict()),
-        "settings": _settings(run.config, run.dataset, run.order),
-        "config": to_dict(run.config),
-        "classes": run.dataset.classes,
-        "image_size": run.image_size,
     }
 
 
@@ -154,7 +150,13 @@ def save(run: Run, state: checkpoint.State, best: bool = False) -> None:
         buffers = {name: state["model"][name].cpu() for name, _ in run.model.named_buffers()}
         state = {**state, "by_rank": run.world.gather(buffers)}
     if run.world.rank == 0:
-        run.checkpoints.begin(state["step"], state, best)
+        about = {  # not in a snapshot, which an elastic run takes at every step
+            "settings": _settings(run.config, run.dataset, run.order),
+            "config": to_dict(run.config),
+            "classes": run.dataset.classes,
+            "image_size": run.image_size,
+        }
+        run.checkpoints.begin(state["step"], state | about, best)
 
 
 def weights_digest(model: nn.Module, buffers: bool) -> str:
