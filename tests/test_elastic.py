@@ -18,7 +18,7 @@ from benchmarks import hosts as network
 from infomcr_dist import checkpoint
 
 RECIPE = """
-model: plain_net:build
+model: plain_net:build_slow
 epochs: 60
 data: {path: DATA, augmentation: crop1_flip, global_batch_size: 60}
 schedule: {milestones: [2]}
@@ -110,7 +110,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(folder: Path) -> list[dict[str, Any]]:
     """The steps of the same run on one worker, never restarted."""
-    command = [sys.executable, "-m", "infomcr_dist.train", "recipe.yaml", "run_dir=undisturbed", "telemetry.port=null"]
+    command = [sys.executable, "-m", "infomcr_dist.train", "recipe.yaml", "run_dir=undisturbed"]
+    command += ["telemetry.port=null", "model=plain_net:build"]
     environment = os.environ | {"PYTHONPATH": f"{WORKERS}:{ROOT}"}
     subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
     lines = (folder / "undisturbed" / "records.jsonl").read_text().splitlines()

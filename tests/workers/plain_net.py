@@ -1,6 +1,8 @@
 """A network without BatchNorm, given to the trainer by import path: a batch may be split at will."""
 
-from torch import nn
+import time
+
+from torch import Tensor, nn
 
 
 def build(classes: int, image_size: int) -> nn.Module:
@@ -11,3 +13,15 @@ def build(classes: int, image_size: int) -> nn.Module:
         nn.Flatten(),
         nn.Linear(128, classes),
     )
+
+
+class Pause(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            time.sleep(0.08)
+        return images
+
+
+def build_slow(classes: int, image_size: int) -> nn.Module:
+    """The same numbers, in steps of a length that a test can strike within."""
+    return nn.Sequential(Pause(), *build(classes, image_size))
