@@ -245,8 +245,9 @@ class Watched:
         return result
 
     def history(self, expression: str) -> list[dict[str, Any]]:
-        """Series since the start, a value a second."""
-        span = {"start": self.began, "end": time.time(), "step": 1}
+        """Series since the start, a value a second; the last is of this moment, to have what `query` has seen."""
+        now = time.time()
+        span = {"start": now - int(now - self.began), "end": now, "step": 1}
         result: list[dict[str, Any]] = self.get("query_range", query=expression, **span)["result"]
         return result
 
