@@ -9,6 +9,7 @@
 # - ssh notices within 15 s that a host is off the network, which it otherwise never does.
 # - A worker of an elastic job that met an error must close its connections, on which others may wait until the network's
 #   time is up. Those of the process set stayed open, since their gloo context is never marked as enabled.
+# - A worker that starts waited five times the network's time for another that was lost while it started.
 # - The stall check never found a worker missing under gloo: the list of ranks it goes through had room, but no size.
 # The wheel is kept under ${XDG_CACHE_HOME:-~/.cache}/infomcr_dist, by everything that goes into it: the sdist's hash,
 # this script's fixes, torch's version, Python's version, the platform and the build options.
@@ -22,6 +23,7 @@ fixes=(    # FILE:TEXT:NEW TEXT
     'horovod/runner/common/util/safe_shell_exec.py:GRACEFUL_TERMINATION_TIME_S = 5:GRACEFUL_TERMINATION_TIME_S = 60'
     'horovod/runner/util/remote.py:-o StrictHostKeyChecking=no:-o StrictHostKeyChecking=no -o ServerAliveInterval=5 -o ServerAliveCountMax=3'
     'horovod/common/process_set.cc:  gloo_context.Finalize();:  gloo_context.Enable(); gloo_context.Finalize();'
+    'third_party/gloo/gloo/transport/tcp/pair.h:timeout_ * 5,:timeout_,'
     'horovod/common/gloo/gloo_controller.cc:global_ranks_.reserve(size_):global_ranks_.resize(size_)'
 )
 
@@ -67,8 +69,9 @@ tar -xzf "$sdist" -C "$work"
 source=$work/horovod-$version
 for fix in "${fixes[@]}"; do
     IFS=: read -r file text new <<<"$fix"
-    grep -qF -- "$text" "$source/$file" || fail "$file of Horovod does not hold the text to be changed: $text"
-    sed -i "s/$text/$new/" "$source/$file"
+    content=$(<"$source/$file")
+    [[ $content == *"$text"* ]] || fail "$file of Horovod does not hold the text to be changed: $text"
+    printf '%s\n' "${content//"$text"/"$new"}" >"$source/$file"
 done
 
 (cd "$source" && env "${options[@]}" MAKEFLAGS="-j$(nproc)" "$python" -m pip wheel --no-deps --no-build-isolation --wheel-dir "$work/wheel" .) >"$work/log" 2>&1 \
