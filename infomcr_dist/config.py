@@ -41,6 +41,9 @@ class DataSettings:
     """An epoch's last, smaller global batch: keep it, or drop it."""
     train_images: int | None = None
     """Train on so many of the training images, drawn by the seed; null: on all."""
+    confusion_images: int = 0
+    """Train on so many more of the training images with labels drawn at random, both by the seed (Scenario I): errors
+    count them, metrics do not."""
     holdout_images: int = 0
     """Keep so many training images out, drawn by the seed, and evaluate on them in place of the test images."""
     max_batch_size: int | None = None
@@ -71,12 +74,20 @@ class DataSettings:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"data.{name}", "at least 1", value)
         _require(0 <= self.color_jitter < 1, "data.color_jitter", "in [0, 1)", self.color_jitter)
-        if self.backend == "webdataset" and (self.train_images is not None or self.holdout_images):
+        parts = ("train_images", "confusion_images", "holdout_images")
+        if self.backend == "webdataset" and any(getattr(self, name) for name in parts):
+            got = ", ".join(f"{name}={getattr(self, name)}" for name in parts)
             raise ValueError(
-                "data.backend=webdataset streams whole shards, it cannot leave images out, "
-                f"got train_images={self.train_images} and holdout_images={self.holdout_images}: use dali or torch"
+                "data.backend=webdataset streams whole shards, it cannot leave images out or label them anew, "
+                f"got {got}: use dali or torch"
             )
-        _require(self.holdout_images >= 0, "data.holdout_images", "at least 0", self.holdout_images)
+        for name in ("confusion_images", "holdout_images"):
+            _require(getattr(self, name) >= 0, f"data.{name}", "at least 0", getattr(self, name))
+        if self.confusion_images and self.train_images is None:
+            raise ValueError(
+                "data.confusion_images are beside data.train_images, "
+                f"got {self.confusion_images} and null: give a number of both"
+            )
 
 
 @dataclass(frozen=True)
@@ -334,3 +345,41 @@ class Config:
             )
         if self.resume == "auto" and self.run_dir is None:
             raise ValueError("resume=auto looks for checkpoints in run_dir, got run_dir=null: give run_dir=DIRECTORY")
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """What infomcr_dist.measure measures of checkpoints, and on what."""
+
+    data: str | None = None
+    """Data set directory; null: the one each model was trained on."""
+    model: str | None = None
+    """Import path of a network that is not ours, package.module:function; a checkpoint alone has no code imported."""
+    trials: int = 100
+    """Trials averaged (T)."""
+    samples: int = 100
+    """Training images a trial (N')."""
+    images: int = 10_000
+    """Training images the trials are drawn from, and robustness is averaged over."""
+    logit_scale: float | None = None
+    """Scale each image's logits to logits / (‖logits‖₂ · logit_scale) first, to compare models of unequal training loss
+    (Table 3; 0.04 there); null: leave them."""
+    log_volume: float | None = None
+    """ln V of the neighbourhood in Theorem 1; null: that of a ball of a hundredth of the weights' norm."""
+    delta: float = 0.05
+    """Theorem 1 holds with probability 1 − delta."""
+    seed: int = 0
+    batch_size: int = 250
+    """Images a worker evaluates at once."""
+    threads: int | None = None
+    """Threads a worker computes with on the CPU; null: the machine's cores, shared by the workers on it."""
+    output: str = "measure"
+    """Writes OUTPUT.json and OUTPUT.png."""
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "samples", "images", "batch_size"):
+            if getattr(self, name) < (2 if name == "samples" else 1):
+                raise ValueError(f"{name} must be at least {2 if name == 'samples' else 1}, got {getattr(self, name)}")
+        _require(self.threads is None or self.threads >= 1, "threads", "at least 1", self.threads)
+        if self.images < self.samples:
+            raise ValueError(f"images must be at least samples, got {self.images} and {self.samples}")

@@ -17,52 +17,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from infomcr_dist import checkpoint, models
-from infomcr_dist.config import Config, MetricSettings
+from infomcr_dist.config import Config, MeasureSettings, MetricSettings
 from infomcr_dist.evaluate import Curvature, Errors, estimate_curvature, estimate_robustness, evaluate
-from infomcr_dist.fisher import Bound, Estimate, gamma, generalization_bound, logit_scaled
+from infomcr_dist.fisher import Bound, Estimate, estimate, gamma, generalization_bound, logit_scaled
+from infomcr_dist.functional import dot, functional_loss, trainable_parameters
 from infomcr_dist.options import from_dict, load_config
-from infomcr_dist.run import EMBEDDED, select_splits
+from infomcr_dist.regularizer import Derivative, sub_batch_penalty
+from infomcr_dist.run import EMBEDDED, measured_images, select_splits
 from infomcr_dist.telemetry import finite
 from infomcr_dist.world import Solo, connect, report_and_leave
-from pipelines import open_dataset, open_loader
+from pipelines import Loader, Part, Split, open_dataset, open_loader
 
-
-@dataclass(frozen=True)
-class MeasureSettings:
-    """What is measured, and on what."""
-
-    data: str | None = None
-    """Data set directory; null: the one each model was trained on."""
-    model: str | None = None
-    """Import path of a network that is not ours, package.module:function; a checkpoint alone has no code imported."""
-    trials: int = 100
-    """Trials averaged (T)."""
-    samples: int = 100
-    """Training images a trial (N')."""
-    images: int = 10_000
-    """Training images the trials are drawn from, and robustness is averaged over."""
-    logit_scale: float | None = None
-    """Scale each image's logits to logits / (‖logits‖₂ · logit_scale) first, to compare models of unequal training loss
-    (Table 3; 0.04 there); null: leave them."""
-    log_volume: float | None = None
-    """ln V of the neighbourhood in Theorem 1; null: that of a ball of a hundredth of the weights' norm."""
-    delta: float = 0.05
-    """Theorem 1 holds with probability 1 − delta."""
-    seed: int = 0
-    batch_size: int = 250
-    """Images a worker evaluates at once."""
-    output: str = "measure"
-    """Writes OUTPUT.json and OUTPUT.png."""
-
-    def __post_init__(self) -> None:
-        for name in ("trials", "samples", "images", "batch_size"):
-            if getattr(self, name) < (2 if name == "samples" else 1):
-                raise ValueError(f"{name} must be at least {2 if name == 'samples' else 1}, got {getattr(self, name)}")
-        if self.images < self.samples:
-            raise ValueError(f"images must be at least samples, got {self.images} and {self.samples}")
+_PENALTY_BATCHES = 10
+_SUB_BATCHES = 8
+"""A batch of `penalty_share`: M of the paper."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +49,8 @@ class Measurement:
     test: Errors
     curvature: Curvature
     robustness: Estimate
+    penalty: Estimate | None
+    """`penalty_share`; None where regularizer.sub_batch_size does not give the strength, or no sub-batch fits"""
     gamma: float
     log_volume: float
     bound: Bound
@@ -107,7 +81,9 @@ def measure(path: Path, settings: MeasureSettings, world: Solo) -> Measurement:
                 mean=dataset.mean,
                 std=dataset.std,
                 seed=settings.seed,
-                batch_size=max(settings.batch_size, settings.samples),
+                batch_size=max(
+                    settings.batch_size, settings.samples, _SUB_BATCHES * (config.regularizer.sub_batch_size or 0)
+                ),
                 device=world.device,
                 threads=config.data.threads,
                 prefetch=config.data.prefetch,
@@ -115,13 +91,15 @@ def measure(path: Path, settings: MeasureSettings, world: Solo) -> Measurement:
             for name in ("train", "test")
         )
     train, test = splits["train"], splits["test"]
+    measured = measured_images(config, train)
     metric = MetricSettings(trials=settings.trials, samples=settings.samples, images=settings.images)
     criterion = torch.nn.functional.cross_entropy
     scaled = criterion if settings.logit_scale is None else logit_scaled(criterion, settings.logit_scale)
     train_errors = evaluate(model, train_images, train, settings.batch_size, world)
     test_errors = evaluate(model, test_images, test, settings.batch_size, world)
-    curvature = estimate_curvature(model, train_images, train, metric, settings.seed, world, scaled)
-    robustness = estimate_robustness(model, train_images, train, settings.images, settings.seed, world)
+    curvature = estimate_curvature(model, train_images, measured, metric, settings.seed, world, scaled)
+    robustness = estimate_robustness(model, train_images, measured, settings.images, settings.seed, world)
+    penalty = penalty_share(model, train_images, train, config, settings.seed, world)
     train_images.close()
     test_images.close()
     parameters = sum(p.numel() for p in model.parameters())
@@ -129,7 +107,7 @@ def measure(path: Path, settings: MeasureSettings, world: Solo) -> Measurement:
     if log_volume is None:
         norm = math.sqrt(sum(float(p.detach().double().square().sum()) for p in model.parameters()))
         log_volume = _log_ball(parameters, 0.01 * norm)
-    full = gamma(curvature.gamma_hat, parameters, min(settings.samples, len(train)))
+    full = gamma(curvature.gamma_hat, parameters, min(settings.samples, len(measured)))
     bound = generalization_bound(
         gamma=full,
         train_loss=train_errors.loss,
@@ -140,9 +118,46 @@ def measure(path: Path, settings: MeasureSettings, world: Solo) -> Measurement:
         delta=settings.delta,
     )
     return Measurement(
-        str(path), config.model, state["epochs"], parameters, train_errors, test_errors, curvature, robustness, full,
-        log_volume, bound,
+        str(path), config.model, state["epochs"], parameters, train_errors, test_errors, curvature, robustness,
+        penalty, full, log_volume, bound,
     )  # fmt: skip
+
+
+def penalty_share(
+    model: torch.nn.Module, loader: Loader, train: Split, config: Config, seed: int, world: Solo
+) -> Estimate | None:
+    """How large the penalty's part of a step is at these weights: β‖(1/M) Σ (g_i − h_i)‖ / ‖(1/M) Σ g_i‖.
+
+    Over random batches of training images as they are, of M = 8 sub-batches (fewer where the images are), with α, β and
+    the size of a sub-batch of the run's settings, whether it was regularized or not, and BatchNorm as in training.
+    """
+    settings, half = config.regularizer, config.precision == "bf16"
+    size = settings.sub_batch_size
+    count = 0 if size is None else min(_SUB_BATCHES, len(train) // size)
+    if size is None or count == 0:
+        return None
+    positions = np.arange(count * size)
+
+    def part(trial: int) -> Part:
+        samples = np.random.default_rng([seed, 2, trial]).choice(len(train), count * size, replace=False)
+        return Part(0, trial, samples, positions, len(samples))
+
+    mine = []
+    training = model.training
+    model.train()
+    loss_fn, params = functional_loss(model), trainable_parameters(model)
+    trials = range(world.rank, _PENALTY_BATCHES, world.size)
+    for trial, (images, labels) in zip(trials, loader.batches(map(part, trials)), strict=True):
+        torch.manual_seed(seed + trial)  # of dropout
+        sub_batches = list(zip(images.split(size), labels.split(size), strict=True))
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+            derivative: Derivative = "exact" if half else "finite_difference"
+            result = sub_batch_penalty(loss_fn, params, sub_batches, settings.alpha, derivative)
+        penalty, loss = (float(dot(g, g).sqrt()) for g in (result.penalty_gradient, result.loss_gradient))
+        mine.append(settings.beta * penalty / loss if loss else math.nan)
+    model.train(training)
+    by_rank = world.gather(mine)
+    return estimate([by_rank[trial % world.size][trial // world.size] for trial in range(_PENALTY_BATCHES)])
 
 
 def table(rows: list[Measurement], settings: MeasureSettings) -> str:
@@ -168,6 +183,9 @@ def table(rows: list[Measurement], settings: MeasureSettings) -> str:
                 f"{row.path}: {g.singular} of {g.trials} Gram matrices are not positive definite and left out "
                 f"(smallest eigenvalue of ξ/N': {g.smallest_eigenvalue:.3g})"
             )
+        if row.penalty is not None:
+            share = f"{row.penalty.mean:.3g} ± {row.penalty.standard_error:.1g}"
+            lines.append(f"{row.path}: β‖g − h‖ / ‖g‖ with the run's α, β and sub-batches: {share}")
         lines.append(
             f"{row.path}: bound at ln V = {row.log_volume:.4g}: training loss {b.train_loss:.3g} + {b.complexity:.3g} "
             f"from 2L₀ = {b.loss_term:.3g}, 2A = {b.curvature_term:.3g}, ln(2N/δ) = {b.confidence_term:.3g}"
@@ -208,7 +226,7 @@ def main(arguments: list[str]) -> int:
             settings = load_config(MeasureSettings, None, [a for a in arguments if "=" in a])
             if not paths:
                 raise ValueError("give a checkpoint or a run directory: python -m infomcr_dist.measure CHECKPOINT …")
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
+        torch.set_num_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
         rows = sorted((measure(path, settings, world) for path in paths), key=lambda r: r.curvature.gamma_hat.mean)
         with world.together():
             if world.rank == 0:

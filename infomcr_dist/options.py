@@ -20,29 +20,35 @@ def load_config(settings_type: type[Settings], recipe: Path | None, overrides: l
     Raises ValueError for a recipe that does not exist or is no YAML mapping, for an unknown key (with the nearest known
     one), and for a value of the wrong type or out of range.
     """
-    layers = []
-    if recipe is not None:
-        if not recipe.is_file():
-            raise ValueError(f"recipe {recipe} does not exist: give a YAML file, or none for the demo")
-        try:
-            layers.append(OmegaConf.load(recipe))
-        except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
-            raise ValueError(f"recipe {recipe} is not valid YAML: {_one_line(error)}") from error
-        if not OmegaConf.is_dict(layers[0]):
-            raise ValueError(f"recipe {recipe} must be a mapping of settings")
+    return from_dict(settings_type, layered([] if recipe is None else [read_recipe(recipe)], overrides))
+
+
+def read_recipe(recipe: Path) -> dict[str, Any]:
+    """A YAML file as nested dictionaries; ValueError if it does not exist or is no YAML mapping."""
+    if not recipe.is_file():
+        raise ValueError(f"recipe {recipe} does not exist: give a YAML file, or none for the demo")
+    try:
+        content = OmegaConf.load(recipe)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
+        raise ValueError(f"recipe {recipe} is not valid YAML: {_one_line(error)}") from error
+    if not OmegaConf.is_dict(content):
+        raise ValueError(f"recipe {recipe} must be a mapping of settings")
+    return cast("dict[str, Any]", OmegaConf.to_container(content))
+
+
+def layered(layers: list[dict[str, Any]], overrides: list[str]) -> dict[str, Any]:
+    """Nested dictionaries, each over the ones before it, and ``key=value`` over them all; ValueError as above."""
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"argument {override!r} is not of the form key=value")
     try:
-        layers.append(OmegaConf.from_dotlist(overrides))
+        given = OmegaConf.from_dotlist(overrides)
     except yaml.YAMLError as error:
         raise ValueError(f"arguments {overrides} are not valid YAML: {_one_line(error)}") from error
     try:
-        given = OmegaConf.to_container(OmegaConf.merge(*layers))
+        return cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.merge(*layers, given)))
     except OmegaConfBaseException as error:
         raise ValueError(_one_line(error)) from error
-    assert isinstance(given, dict)
-    return from_dict(settings_type, cast("dict[str, Any]", given))
 
 
 def from_dict(settings_type: type[Settings], given: dict[str, Any]) -> Settings:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections import deque
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -346,18 +346,29 @@ def select_splits(config: Config, dataset: Dataset) -> dict[str, Split]:
             f"data.path: {dataset.path} has no split {missing[0]!r}: prepare it again from folders train/ and test/, "
             "or with test_fraction=0.1"
         )
-    whole, held_out, taken = dataset.splits["train"], config.data.holdout_images, config.data.train_images
-    if held_out + (taken or 1) > len(whole):
+    data, whole = config.data, dataset.splits["train"]
+    held_out, taken = data.holdout_images, data.train_images
+    if held_out + (taken or 1) + data.confusion_images > len(whole):
         raise ValueError(
-            f"data.train_images and data.holdout_images must be at most the {len(whole)} training images together, "
-            f"got {taken} and {held_out}"
+            "data.train_images, data.confusion_images and data.holdout_images must be at most the "
+            f"{len(whole)} training images together, got {taken}, {data.confusion_images} and {held_out}"
         )
     if taken is None and held_out == 0:
         return {"train": whole, "test": dataset.splits["test"]}
     shuffled = np.random.default_rng([config.seed, 2]).permutation(len(whole))
-    end = None if taken is None else held_out + taken
-    test = whole.subset(shuffled[:held_out]) if held_out else dataset.splits["test"]
-    return {"train": whole.subset(shuffled[held_out:end]), "test": test}
+    end = None if taken is None else held_out + taken + data.confusion_images
+    train = whole.subset(shuffled[held_out:end])
+    if data.confusion_images:
+        index = train.index.copy()
+        labels = np.random.default_rng([config.seed, 3]).integers(len(dataset.classes), size=data.confusion_images)
+        index["label"][taken:] = labels
+        train = replace(train, index=index)
+    return {"train": train, "test": whole.subset(shuffled[:held_out]) if held_out else dataset.splits["test"]}
+
+
+def measured_images(config: Config, train: Split) -> Split:
+    """The training images that metrics are taken on: those with labels of their own. Ids are as in ``train``."""
+    return train.subset(np.arange(len(train) - config.data.confusion_images))
 
 
 def stored_size(dataset: Dataset) -> int:

@@ -37,7 +37,7 @@ from infomcr_dist.fisher import Estimate
 from infomcr_dist.functional import functional_loss, trainable_parameters
 from infomcr_dist.options import load_config
 from infomcr_dist.regularizer import Losses, health, plain_backward, regularized_backward
-from infomcr_dist.run import Committed, Run, prepare_run, save, snapshot, weights_digest
+from infomcr_dist.run import Committed, Run, measured_images, prepare_run, save, snapshot, weights_digest
 from infomcr_dist.schedules import TimeShare
 from infomcr_dist.telemetry import StepRecord
 from infomcr_dist.watchdog import Watchdog
@@ -162,7 +162,8 @@ def train(run: Run, stop: StopRequest) -> None:
 
     def measure() -> Curvature:
         m, before = config.metric, time.perf_counter()
-        result = estimate_curvature(run.model, run.train_images, run.splits["train"], m, config.seed, world)
+        measured = measured_images(config, run.splits["train"])
+        result = estimate_curvature(run.model, run.train_images, measured, m, config.seed, world)
         metric_time.add(time.perf_counter() - before)
         telemetry.event(
             "metric",

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "world": set(),
     "watchdog": set(),
     "checkpoint": set(),
+    "results": set(),
     "telemetry": {"checkpoint", "config"},
     "evaluate": {"config", "fisher", "functional", "world"},
     "run": {"budget", "checkpoint", "config", "models", "options", "schedules", "telemetry", "world"},

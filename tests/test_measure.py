@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from conftest import horovodrun
 from torch.nn import functional as F
 
 from infomcr_dist import checkpoint, models
-from infomcr_dist.measure import main
+from infomcr_dist.config import Config
+from infomcr_dist.measure import main, penalty_share
+from infomcr_dist.options import load_config
 from infomcr_dist.train import main as train
-from pipelines import evaluation_parts, open_dataset, open_loader
+from infomcr_dist.world import Solo
+from pipelines import Part, evaluation_parts, open_dataset, open_loader
 
 TRIALS, SAMPLES = 5, 12
 SETTINGS = [f"trials={TRIALS}", f"samples={SAMPLES}", "images=60"]
@@ -97,6 +101,49 @@ def test_the_numbers_do_not_depend_on_the_workers(measured: dict[str, Any], runs
         # Here the images meet in other batches, and a float32 convolution rounds by the shape of its batch.
         for name in ("robustness", "bound", "train", "test"):
             assert flat(two_row[name]) == pytest.approx(flat(one_row[name]), rel=1e-6), name
+
+
+def test_the_share_of_the_penalty_is_its_definition(small_data: Path) -> None:
+    """β‖mean of α H_i g_i‖ / ‖mean of g_i‖ with Hessians, of a linear classifier, whose loss has no kinks."""
+    torch.manual_seed(0)
+    split = open_dataset(small_data).splits["train"]
+    images = torch.randn(len(split), 3, 2, 2)
+    labels = torch.from_numpy(split.labels)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 6)).eval()
+    seen: list[np.ndarray] = []
+
+    class Images:
+        def batches(self, parts: Iterable[Part]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for part in parts:
+                seen.append(part.samples)
+                yield images[part.samples], labels[part.samples]
+
+    config = load_config(
+        Config, None, ["regularizer.sub_batch_size=12", "regularizer.beta=7", "regularizer.alpha=0.01"]
+    )
+    got = penalty_share(model, Images(), split, config, 3, Solo())  # type: ignore[arg-type]
+    assert got is not None
+    assert not model.training
+    assert [len(set(samples.tolist())) for samples in seen] == [96] * 10
+    shapes = [p.shape for p in model.parameters()]
+    weights = torch.cat([p.detach().double().flatten() for p in model.parameters()])
+    values = []
+    for samples in seen:
+        gradients, products = [], []
+        for chosen in np.split(samples, 8):
+            flat_images = images[chosen].double().flatten(1)
+
+            def loss(w: torch.Tensor, x: torch.Tensor = flat_images, y: torch.Tensor = labels[chosen]) -> torch.Tensor:
+                matrix, bias = w[:72].view(shapes[0]), w[72:]
+                return F.cross_entropy(x @ matrix.T + bias, y)
+
+            gradients.append(torch.func.grad(loss)(weights))
+            products.append(0.01 * torch.autograd.functional.hessian(loss, weights) @ gradients[-1])
+        values.append(7 * float(sum(products).norm() / sum(gradients).norm()))  # type: ignore[union-attr]
+    assert got.mean == pytest.approx(np.mean(values), rel=0.02)  # α is finite
+    assert got.standard_error == pytest.approx(np.std(values, ddof=1) / math.sqrt(10), rel=0.1)
+    config = load_config(Config, None, ["regularizer.sub_batches=8"])
+    assert penalty_share(model, Images(), split, config, 3, Solo()) is None  # type: ignore[arg-type]
 
 
 def flat(value: Any) -> list[float]:

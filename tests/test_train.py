@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import WORKERS, horovodrun, start_horovodrun
@@ -23,10 +24,10 @@ from torch import nn
 from infomcr_dist import checkpoint
 from infomcr_dist.config import Config
 from infomcr_dist.options import load_config
-from infomcr_dist.run import plan_steps, select_splits
+from infomcr_dist.run import measured_images, plan_steps, select_splits
 from infomcr_dist.train import main, train_step
 from infomcr_dist.world import Solo
-from pipelines import open_dataset
+from pipelines import Split, open_dataset
 
 RECIPE = """
 model: resnet20
@@ -440,8 +441,34 @@ def test_a_held_out_part_shares_no_image_with_the_rest(small_data: Path) -> None
     assert places("data.holdout_images=60", "data.train_images=150") == some
     assert places("data.holdout_images=60", "data.train_images=150", "seed=1") != some
     assert places("data.holdout_images=60")["train"] > some["train"]
-    with pytest.raises(ValueError, match="at most the 260 training images together, got 201 and 60"):
+    with pytest.raises(ValueError, match="at most the 260 training images together, got 201, 0 and 60"):
         places("data.holdout_images=60", "data.train_images=201")
+
+
+def test_the_confusion_set_is_beside_the_training_images_with_random_labels(small_data: Path) -> None:
+    dataset = open_dataset(small_data)
+
+    def train(*overrides: str) -> tuple[Split, Config]:
+        config = load_config(Config, None, ["data.batch_size=4", "data.train_images=100", *overrides])
+        return select_splits(config, dataset)["train"], config
+
+    whole = {(int(e["shard"]), int(e["offset"])): int(e["label"]) for e in dataset.splits["train"].index}
+    alone, _ = train()
+    both, config = train("data.confusion_images=120")
+    assert (both.index[:100] == alone.index).all()
+    places = list(zip(both.index["shard"].tolist(), both.index["offset"].tolist(), strict=True))
+    assert len(set(places)) == 220
+    own = np.array([whole[place] for place in places])
+    assert (both.labels[:100] == own[:100]).all()
+    assert 5 < (both.labels[100:] == own[100:]).sum() < 40  # a sixth of 120 by chance
+    assert (measured_images(config, both).index == alone.index).all()
+    assert (train("data.confusion_images=120")[0].index == both.index).all()
+    assert (train("data.confusion_images=120", "seed=1")[0].labels != both.labels).any()
+    with pytest.raises(ValueError, match="together, got 100, 161 and 0"):
+        train("data.confusion_images=161")
+    for setting in ("data.train_images=null", "data.backend=webdataset"):
+        with pytest.raises(ValueError, match=r"confusion_images|webdataset"):
+            train("data.confusion_images=10", setting)
 
 
 def test_a_mistake_on_two_workers_is_told_once(folder: Path) -> None:
