@@ -25,6 +25,7 @@ _CLASS = re.compile(r"n\d{8}")
 _CLASS_TAR = re.compile(r"n\d{8}\.tar")
 _VALIDATION_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 _META, _TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
+_PARALLEL_BYTES = 8 << 30  # of archives; their headers take a process as long as starting others to share them
 _MAX_META_BYTES = 64 << 20  # of meta.mat, unpacked; the published one has a few million
 
 
@@ -92,8 +93,7 @@ def _opened(files: list[File], processes: int) -> list[File]:
         inside = _within(file, in_tar(Path(file.file))) if name in (_TRAIN, _VALIDATION) else [file]
         for inner in inside:
             (tars if _CLASS_TAR.fullmatch(_parent_and_name(inner)[1]) else opened).append(inner)
-    if processes > 1 and len(tars) > 1:
-        # A million headers take a minute of one process.
+    if processes > 1 and sum(tar.size for tar in tars) > _PARALLEL_BYTES:
         with ProcessPoolExecutor(min(processes, len(tars)), mp_context=get_context("spawn")) as pool:
             listed = list(tqdm(pool.map(_in_class_tar, tars), "list", len(tars), unit="tar", disable=None))
     else:

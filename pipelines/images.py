@@ -9,6 +9,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .reader import MAX_PIXELS
 
 _ORIENTATION = 0x0112
+_POWERS = np.arange(256)[:, None] ** np.array([1, 2])
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -39,7 +40,7 @@ def plain(image: Image.Image) -> Image.Image:
     """Upright, 8-bit RGB or grey, of any mode: 16-bit grey scaled to 8 bits, transparency laid on white."""
     if _orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
-    if image.mode == "L" and not image.has_transparency_data:
+    if image.mode in ("RGB", "L") and not image.has_transparency_data:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, np.float64)
@@ -93,6 +94,5 @@ def square(image: Image.Image, side: int, mode: str, resampling: str) -> Image.I
 def moments(image: Image.Image) -> list[list[int]]:
     """For each RGB channel the sum and the sum of squares over the pixels, exact."""
     counts = np.array(image.convert("RGB").histogram(), np.int64).reshape(3, 256)
-    levels = np.arange(256)
-    sums: list[list[int]] = (counts @ np.stack([levels, levels**2], axis=1)).tolist()
+    sums: list[list[int]] = (counts @ _POWERS).tolist()
     return sums

@@ -350,6 +350,7 @@ def test_imagenet_one_process_or_four_interrupted_or_not(tmp_path: Path, monkeyp
     train, validation = small_imagenet()
     source = os.fspath(make_imagenet(tmp_path / "source", train, validation))
     prepare(source, tmp_path / "one", OPTIONS)
+    monkeypatch.setattr(imagenet, "_PARALLEL_BYTES", 0)
     prepare(source, tmp_path / "four", Options(size=16, shard_size=4, processes=4))
     assert shards(tmp_path / "four") == shards(tmp_path / "one")
     monkeypatch.setattr("pipelines.prepare._statistics", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
