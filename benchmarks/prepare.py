@@ -61,7 +61,8 @@ def bare(numbers: range, size: int, mode: str, quality: int) -> float:
     """Decode, resize and encode the images of these numbers; the processor seconds it took."""
     start = time.process_time()
     for number in numbers:
-        image = Image.open(io.BytesIO(_encoded[number % len(_encoded)])).convert("RGB")
+        image: Image.Image = Image.open(io.BytesIO(_encoded[number % len(_encoded)]))
+        image = image if image.mode in ("RGB", "L") else image.convert("RGB")
         if mode == "crop":
             image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
         else:
