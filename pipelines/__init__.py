@@ -1,16 +1,19 @@
 """Shards in, batches out: a data set of tar shards, the exact order of its samples, and loaders that decode them."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .order import Order, Part, evaluation_parts
 from .reader import OnError
 from .shards import Dataset, Split, open_dataset
+
+if TYPE_CHECKING:  # every process of `pipelines.prepare` would spend seconds on it
+    import torch
 
 __all__ = [
     "Dataset",

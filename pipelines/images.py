@@ -1,4 +1,4 @@
-"""Any image file to RGB pixels, and pixels to the JPEG that is stored."""
+"""Any image file to RGB pixels, and pixels to what is stored."""
 
 import io
 import warnings
@@ -9,6 +9,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .reader import MAX_PIXELS
 
 _ORIENTATION = 0x0112
+_POWERS = np.arange(256)[:, None] ** np.array([1, 2])
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -39,7 +40,7 @@ def plain(image: Image.Image) -> Image.Image:
     """Upright, 8-bit RGB or grey, of any mode: 16-bit grey scaled to 8 bits, transparency laid on white."""
     if _orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
-    if image.mode == "L" and not image.has_transparency_data:
+    if image.mode in ("RGB", "L") and not image.has_transparency_data:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, np.float64)
@@ -56,13 +57,20 @@ def storable(image: Image.Image) -> bool:
     return image.format == "JPEG" and image.mode in ("RGB", "L") and _orientation(image) == 1
 
 
-def encode(image: Image.Image, quality: int) -> bytes:
+def jpeg(image: Image.Image, quality: int) -> bytes:
     """JPEG bytes, grey ones for a grey image."""
     buffer = io.BytesIO()
     try:
         image.save(buffer, "JPEG", quality=quality)
     except OSError as error:  # a side above 65500 pixels
         raise ValueError(f"cannot be stored as JPEG: {error}") from None
+    return buffer.getvalue()
+
+
+def png(image: Image.Image) -> bytes:
+    """PNG bytes, grey ones for a grey image: the very pixels."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -85,8 +93,6 @@ def square(image: Image.Image, side: int, mode: str, resampling: str) -> Image.I
 
 def moments(image: Image.Image) -> list[list[int]]:
     """For each RGB channel the sum and the sum of squares over the pixels, exact."""
-    counts = image.convert("RGB").histogram()
-    channels = [counts[256 * channel : 256 * (channel + 1)] for channel in range(3)]
-    return [
-        [sum(level**power * count for level, count in enumerate(channel)) for power in (1, 2)] for channel in channels
-    ]
+    counts = np.array(image.convert("RGB").histogram(), np.int64).reshape(3, 256)
+    sums: list[list[int]] = (counts @ _POWERS).tolist()
+    return sums

@@ -1,8 +1,14 @@
-"""python -m pipelines.prepare SOURCE DEST [key=value ...]: labelled images become shards of JPEGs.
+"""python -m pipelines.prepare SOURCE DEST [key=value ...]: labelled images become shards.
 
-SOURCE is a folder of class folders (optionally below train/ and test/), a .tar, .tar.gz or .zip of the same, a folder
-of IDX files, or fashion-mnist. DEST appears when everything is done; until then the work stands in DEST.partial, and
-the same command continues there after an interruption. Shards depend on source and options alone, byte for byte.
+SOURCE is
+- a folder of class folders (optionally below train/ and test/), or a .tar, .tar.gz or .zip of the same;
+- CIFAR-10 or CIFAR-100 as published: cifar-10-binary.tar.gz, cifar-100-python.tar.gz ..., or the unpacked folder;
+- the folder of ImageNet's archives: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, ILSVRC2012_devkit_t12.tar.gz;
+- a folder of IDX files, or fashion-mnist.
+
+Images become JPEGs of 128 x 128. Raw pixels (CIFAR, IDX) keep their size and become PNGs: they lose nothing.
+DEST appears when everything is done; until then the work stands in DEST.partial, and the same command continues there
+after an interruption. Shards depend on source and options alone, byte for byte.
 """
 
 import base64
@@ -27,10 +33,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import cli, images
+from .items import Item, Source
 from .order import permutation
 from .shards import FORMAT_VERSION, INDEX, INDEX_DTYPE, MANIFEST, digest
-from .source import Item, Source, open_source
-from .writer import ShardWriter, sync, write_file
+from .source import open_source
+from .writer import ShardWriter, Stored, sync, write_file
 
 _JOURNAL = "journal.jsonl"
 _CHUNK = 64  # items a process takes at a time
@@ -42,7 +49,7 @@ class Options:
     """What `pipelines.prepare` takes as key=value."""
 
     size: int | None = None
-    """Side of the stored images in pixels; 0 keeps them as they are. Default: 128, and 0 for IDX files."""
+    """Side of the stored images in pixels; 0 keeps them as they are. Default: 128; of raw pixels (CIFAR, IDX): 0."""
     mode: Literal["squash", "crop"] = "squash"
     """How an image becomes a square: both sides resized, or the shorter side resized and the centre cut out."""
     filter: Literal["lanczos", "area"] = "lanczos"
@@ -79,16 +86,6 @@ class Options:
         return {name: value for name, value in asdict(self).items() if name not in ("processes", "strict")}
 
 
-@dataclass(frozen=True)
-class Stored:
-    """An image as it is stored: JPEG bytes, sides in pixels, sum and sum of squares of its channels."""
-
-    jpeg: bytes
-    height: int
-    width: int
-    moments: list[list[int]]
-
-
 def prepare(source: str, dest: Path, options: Options) -> str:
     """Makes the data set `dest` of `source`; returns a line on what there is. ValueError for a user's mistake."""
     done = _existing(source, dest, options)
@@ -103,7 +100,7 @@ def prepare(source: str, dest: Path, options: Options) -> str:
             raise ValueError(f"another preparation is writing {work}; wait for it, or choose another DEST") from None
         (work / "source").mkdir(exist_ok=True)
         try:
-            opened = _hold_out(open_source(source, work / "source"), options)
+            opened = _hold_out(open_source(source, work / "source", _processes(options)), options)
             manifest = _write(source, opened, work, options)
         except (ValueError, OSError):
             if not (work / _JOURNAL).exists():
@@ -239,7 +236,7 @@ def _remove_unrecorded(folder: Path, done: list[dict[str, Any]]) -> None:
 def _convert(items: list[Item], options: Options, bar: Any) -> Iterator[Stored | str]:
     """Each item stored, or the reason it cannot be, in order; spread over processes."""
     pieces = [items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK)]
-    processes = min(options.processes or len(os.sched_getaffinity(0)), len(pieces))
+    processes = min(_processes(options), len(pieces))
     if processes <= 1:
         for piece in pieces:
             for result in _convert_piece(piece, options):
@@ -267,6 +264,10 @@ def _convert(items: list[Item], options: Options, bar: Any) -> Iterator[Stored |
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _processes(options: Options) -> int:
+    return options.processes or len(os.sched_getaffinity(0))
+
+
 def _convert_piece(items: list[Item], options: Options) -> list[Stored | str]:
     results: list[Stored | str] = []
     for item in items:
@@ -280,16 +281,18 @@ def _convert_piece(items: list[Item], options: Options) -> list[Stored | str]:
 def _store(item: Item, options: Options) -> Stored:
     data = item.read()
     if item.pixels:
-        image = Image.fromarray(np.frombuffer(data, np.uint8).reshape(item.pixels))
+        # Nothing is lost: pixels that were published as such are few and small, and a PNG keeps them.
+        planes = np.frombuffer(data, np.uint8).reshape(item.pixels)
+        image = Image.fromarray(planes if planes.ndim == 2 else np.ascontiguousarray(planes.transpose(1, 2, 0)))
     else:
         image = images.open_image(data)
         if options.size == 0 and images.storable(image):
-            return Stored(data, image.height, image.width, images.moments(image))
+            return Stored(data, "jpg", image.height, image.width, images.moments(image))
         image = images.plain(image)
     if options.size:
         image = images.square(image, options.size, options.mode, options.filter)
-    jpeg = images.encode(image, options.quality)
-    return Stored(jpeg, image.height, image.width, images.moments(image))
+    encoded, extension = (images.png(image), "png") if item.pixels else (images.jpeg(image, options.quality), "jpg")
+    return Stored(encoded, extension, image.height, image.width, images.moments(image))
 
 
 def _shards(
@@ -312,11 +315,11 @@ def _shards(
                     raise ValueError(f"{_printable(item.name)}: {result}")
                 rejected.append({"name": _printable(item.name), "split": split, "reason": result})
                 continue
-            if shard and (shard.samples == options.shard_size or shard.outgrows(result.jpeg, options.shard_bytes)):
+            if shard and (shard.samples == options.shard_size or shard.outgrows(result.image, options.shard_bytes)):
                 yield {"split": split, "next": position, "rejected": rejected, **shard.finish()}
                 shard, rejected, number = None, [], number + 1
             shard = shard or ShardWriter(folder, number)
-            shard.add(item, classes[item.label], result.jpeg, result.height, result.width, result.moments)
+            shard.add(item, classes[item.label], result)
         if shard:
             yield {"split": split, "next": len(items), "rejected": rejected, **shard.finish()}
         elif rejected:

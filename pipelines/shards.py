@@ -93,24 +93,29 @@ def without_secrets(text: str) -> str:
     )
 
 
-def members(path: Path) -> Iterator[Member]:
-    """The regular files of an uncompressed tar, in order; ValueError if it is not one or ends too soon."""
-    length = path.stat().st_size
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for entry in archive:
-                if not entry.isreg():
-                    continue
-                if entry.offset_data + entry.size > length:
-                    raise ValueError(f"{path} is truncated: {entry.name} ends beyond the file; copy or make it again")
-                yield Member(entry.name, entry.offset_data, entry.size)
-            end = archive.offset
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{path} is not a readable tar ({error}); shards are uncompressed .tar files") from error
+def members(path: Path, start: int = 0, end: int | None = None, name: str = "") -> Iterator[Member]:
+    """The regular files of an uncompressed tar, in order; ValueError if it is not one or ends too soon.
+
+    With start, end and name: of the member `name` at these bytes of the tar `path`, itself a tar.
+    """
+    where = f"{path}, {name}" if name else str(path)
     with path.open("rb") as file:
-        file.seek(end)
-        if file.read(512) != bytes(512):
-            raise ValueError(f"{path} is truncated: it has no end-of-archive mark; copy or make it again")
+        end = os.fstat(file.fileno()).st_size if end is None else end
+        file.seek(start)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                for entry in archive:
+                    if not entry.isreg():
+                        continue
+                    if entry.offset_data + entry.size > end:
+                        raise ValueError(f"{where} is truncated: {entry.name} ends beyond it; copy or make it again")
+                    yield Member(entry.name, entry.offset_data, entry.size)
+                last = archive.offset
+        except (tarfile.TarError, EOFError) as error:
+            raise ValueError(f"{where} is not a readable tar ({error}); it must be uncompressed") from error
+        file.seek(last)
+        if last + 512 > end or file.read(512) != bytes(512):
+            raise ValueError(f"{where} is truncated: it has no end-of-archive mark; copy or make it again")
 
 
 def open_dataset(path: str | Path) -> Dataset:

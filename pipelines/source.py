@@ -1,25 +1,22 @@
-"""Labelled images to prepare: a folder of class folders, an archive of the same, or IDX files, as one list of items.
+"""Labelled images to prepare, as one list: class folders, an archive of the same, IDX files, CIFAR or ImageNet.
 
-Layouts: CLASS/image, or train/CLASS/image and test/CLASS/image (val/ and validation/ count as test/).
+Class folders: CLASS/image, or train/CLASS/image and test/CLASS/image (val/ and validation/ count as test/). See
+`pipelines.cifar` and `pipelines.imagenet` for what these are published as.
 """
 
-import gzip
-import os
 import shutil
 import subprocess
 import tempfile
-import zipfile
-import zlib
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from .shards import MANIFEST, members, without_secrets
+from .cifar import cifar
+from .imagenet import imagenet, is_imagenet
+from .items import File, Item, Source, gunzip, in_folder, in_tar, in_zip
+from .shards import MANIFEST, without_secrets
 
 FASHION_MNIST = "fashion-mnist"
-_MAX_BYTES = 1 << 30  # of one image file; a zip may promise more than there is memory
 _FASHION_MNIST_CLASSES = [
     "T-shirt/top",
     "Trouser",
@@ -37,52 +34,7 @@ _IMAGES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
 _LABELS = {"train": "train-labels-idx1-ubyte", "test": "t10k-labels-idx1-ubyte"}
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One image: name as in the source; `size` bytes at `offset` of file, or a zip's entry `name` (offset -1).
-
-    pixels: (height, width) when the bytes are raw grey pixels instead of an encoded image.
-    """
-
-    split: str
-    label: int
-    name: str
-    file: str
-    offset: int
-    size: int
-    pixels: tuple[int, int] | None = None
-
-    def read(self) -> bytes:
-        """The item's bytes; ValueError if it is gone, unreadable, damaged in its archive or too large for an image."""
-        if self.size > _MAX_BYTES:
-            raise ValueError(f"{self.size} bytes, more than {_MAX_BYTES}")
-        try:
-            if self.offset < 0:
-                return _open_zip(self.file).read(self.name)
-            with open(self.file, "rb") as file:
-                file.seek(self.offset)
-                return file.read(self.size)
-        except (FileNotFoundError, PermissionError) as error:
-            raise ValueError(str(error.strerror)) from error
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-            raise ValueError(f"damaged in its archive: {error}") from error
-
-
-@lru_cache(maxsize=1)
-def _open_zip(path: str) -> zipfile.ZipFile:
-    # Kept open: reading its table of contents for every image would be most of the work.
-    return zipfile.ZipFile(path)
-
-
-@dataclass(frozen=True)
-class Source:
-    """classes: names by label; items: in an order that depends on the names alone."""
-
-    classes: list[str]
-    items: list[Item]
-
-
-def open_source(source: str, scratch: Path) -> Source:
+def open_source(source: str, scratch: Path, processes: int) -> Source:
     """The images of `source`; `scratch` is a folder for what has to be unpacked first (compressed archives, IDX)."""
     if source == FASHION_MNIST:
         return _idx(_fetch_fashion_mnist(scratch), scratch, _FASHION_MNIST_CLASSES)
@@ -96,68 +48,24 @@ def open_source(source: str, scratch: Path) -> Source:
             raise ValueError(f"{source} is a data set already prepared; open it as it is")
         if _find(path, _IMAGES["train"]):
             return _idx(path, scratch, _FASHION_MNIST_CLASSES if FASHION_MNIST in str(path.resolve()) else None)
-        return _labelled(source, _folder(path))
+        files = in_folder(path)
+        if is_imagenet(files):
+            return imagenet(source, files, scratch, processes)
+        return cifar(source, files) or _labelled(source, files)
     if path.name.endswith(".zip"):
-        return _labelled(source, _zip(path))
-    if path.name.endswith((".tar.gz", ".tgz")):
-        return _labelled(source, _tar(_gunzip(path, scratch / "source.tar")))
-    if path.name.endswith(".tar"):
-        return _labelled(source, _tar(path))
-    raise ValueError(f"cannot tell what {source} is; give a folder, a .tar, .tar.gz, .tgz or .zip, or {FASHION_MNIST}")
+        return _labelled(source, in_zip(path))
+    if not path.name.endswith((".tar", ".tar.gz", ".tgz")):
+        raise ValueError(
+            f"cannot tell what {source} is; give a folder, a .tar, .tar.gz, .tgz or .zip, or {FASHION_MNIST}"
+        )
+    files = in_tar(path if path.name.endswith(".tar") else gunzip(path, scratch / "source.tar"))
+    if is_imagenet(files):
+        raise ValueError(f"{source} is a part of ImageNet; give the folder with its archives")
+    return cifar(source, files) or _labelled(source, files)
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
-    name: str
-    file: str
-    offset: int
-    size: int
-
-
-def _folder(path: Path) -> list[_File]:
-    def fail(error: OSError) -> None:
-        raise ValueError(f"cannot list {error.filename}: {error.strerror}; make it readable")
-
-    files = []
-    for folder, _, names in os.walk(path, onerror=fail, followlinks=True):
-        for file in (os.path.join(folder, name) for name in names):
-            # A link that leads nowhere is listed, to be left out with its reason; a pipe or socket is no image file.
-            if os.path.isfile(file) or not os.path.exists(file):
-                size = os.path.getsize(file) if os.path.exists(file) else 0
-                files.append(_File(os.path.relpath(file, path), file, 0, size))
-    return files
-
-
-def _tar(path: Path) -> list[_File]:
-    return [_File(member.name, str(path), member.offset, member.size) for member in members(path)]
-
-
-def _zip(path: Path) -> list[_File]:
-    try:
-        _open_zip.cache_clear()
-        with zipfile.ZipFile(path) as archive:
-            return [
-                _File(info.filename, str(path), -1, info.file_size) for info in archive.infolist() if not info.is_dir()
-            ]
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is not a readable zip: {error}") from error
-
-
-def _gunzip(path: Path, target: Path) -> Path:
-    # Written whole or not at all, so that a resumed preparation can use it.
-    if not target.exists():
-        partial = target.with_name(target.name + ".partial")
-        try:
-            with gzip.open(path) as packed, partial.open("wb") as file:
-                shutil.copyfileobj(packed, file, 1 << 20)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} cannot be unpacked: {error}") from error
-        partial.rename(target)
-    return target
-
-
-def _labelled(source: str, files: list[_File]) -> Source:
-    found: list[tuple[str, str, _File]] = []
+def _labelled(source: str, files: list[File]) -> Source:
+    found: list[tuple[str, str, File]] = []
     for file in files:
         parts = [part for part in PurePosixPath(file.name).parts if part not in (".", "/")]
         if any(part.startswith(".") or part == "__MACOSX" for part in parts):
@@ -167,7 +75,7 @@ def _labelled(source: str, files: list[_File]) -> Source:
     leaves = folders - {parent.as_posix() for folder in folders for parent in PurePosixPath(folder).parents}
     root = _common_root(leaves - {"", "."})
     has_splits = any(_split_of(folder[len(root) :]) for folder in leaves)
-    placed: list[tuple[str, str, _File]] = []
+    placed: list[tuple[str, str, File]] = []
     for folder, _, file in found:
         below = folder[len(root) :]
         split = _split_of(below)
@@ -179,7 +87,7 @@ def _labelled(source: str, files: list[_File]) -> Source:
         raise ValueError(f"{source} holds no images in class folders; expected CLASS/image or train/CLASS/image")
     classes = sorted({name for _, name, _ in placed})
     labels = {name: label for label, name in enumerate(classes)}
-    items = [Item(split, labels[name], file.name, file.file, file.offset, file.size) for split, name, file in placed]
+    items = [Item(file.name, file.file, file.offset, file.size, split, labels[name]) for split, name, file in placed]
     return Source(classes, sorted(items, key=lambda item: (item.split, item.label, item.name)))
 
 
@@ -212,8 +120,8 @@ def _idx(folder: Path, scratch: Path, names: list[str] | None) -> Source:
             continue
         if images is None or labels is None:
             raise ValueError(f"{folder} has no {_LABELS[split] if images else _IMAGES[split]}[.gz]")
-        images = _gunzip(images, scratch / _IMAGES[split]) if images.suffix == ".gz" else images
-        labels = _gunzip(labels, scratch / _LABELS[split]) if labels.suffix == ".gz" else labels
+        images = gunzip(images, scratch / _IMAGES[split]) if images.suffix == ".gz" else images
+        labels = gunzip(labels, scratch / _LABELS[split]) if labels.suffix == ".gz" else labels
         (count, height, width), start = _idx_header(images, 3)
         (label_count,), label_start = _idx_header(labels, 1)
         if count != label_count:
@@ -221,7 +129,7 @@ def _idx(folder: Path, scratch: Path, names: list[str] | None) -> Source:
         values = np.fromfile(labels, np.uint8, offset=label_start)
         size = height * width
         items += [
-            Item(split, int(label), f"{split}/{number}", str(images), start + number * size, size, (height, width))
+            Item(f"{split}/{number}", str(images), start + number * size, size, split, int(label), (height, width))
             for number, label in enumerate(values)
         ]
     classes = names or [str(label) for label in range(max(item.label for item in items) + 1)]

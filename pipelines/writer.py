@@ -6,19 +6,31 @@ import io
 import json
 import os
 import tarfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .items import Item
 from .shards import INDEX_DTYPE
-from .source import Item
 
 _BLOCK = 512
 
 
+@dataclass(frozen=True)
+class Stored:
+    """An image as it is stored: jpg or png bytes, sides in pixels, sum and sum of squares of its channels."""
+
+    image: bytes
+    extension: str
+    height: int
+    width: int
+    moments: list[list[int]]
+
+
 class ShardWriter:
-    """A tar of KEY.jpg, KEY.cls and KEY.json, under a temporary name until `finish`."""
+    """A tar of KEY.jpg or KEY.png, KEY.cls and KEY.json, under a temporary name until `finish`."""
 
     def __init__(self, folder: Path, number: int) -> None:
         self._folder, self._stem = folder, f"{number:06d}"
@@ -34,29 +46,33 @@ class ShardWriter:
     def samples(self) -> int:
         return len(self._rows)
 
-    def outgrows(self, jpeg: bytes, limit: int) -> bool:
+    def outgrows(self, image: bytes, limit: int) -> bool:
         """Whether one more sample takes the file beyond `limit` bytes (0: never)."""
         metadata = 3 * _BLOCK
-        size = self._archive.offset + 3 * _BLOCK + _padded(len(jpeg)) + metadata
+        size = self._archive.offset + 3 * _BLOCK + _padded(len(image)) + metadata
         return limit > 0 and -(-(size + 2 * _BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE > limit
 
-    def add(self, item: Item, name: str, jpeg: bytes, height: int, width: int, moments: list[list[int]]) -> None:
+    def add(self, item: Item, name: str, stored: Stored) -> None:
         """Appends a sample of class `name`."""
         key = f"{self._stem}-{self.samples:06d}"
         metadata = json.dumps({"name": item.name, "class": name}).encode()
         fields: list[str] = []
         offset = 0
-        for extension, data in (("jpg", jpeg), ("cls", str(item.label).encode()), ("json", metadata)):
+        for extension, data in (
+            (stored.extension, stored.image),
+            ("cls", str(item.label).encode()),
+            ("json", metadata),
+        ):
             entry = tarfile.TarInfo(f"{key}.{extension}")
             entry.size, entry.mode = len(data), 0o644
             start = self._archive.offset + _BLOCK
             offset = offset or start
             self._archive.addfile(entry, io.BytesIO(data))
             fields.append(f"{extension} {start} {len(data)} {entry.name}")
-        self._rows.append((offset, len(jpeg), int(self._stem), item.label, height, width))
+        self._rows.append((offset, len(stored.image), int(self._stem), item.label, stored.height, stored.width))
         self._lines.append(" ".join(fields))
-        self._pixels += height * width
-        for channel, (total, squares) in zip(self._moments, moments, strict=True):
+        self._pixels += stored.height * stored.width
+        for channel, (total, squares) in zip(self._moments, stored.moments, strict=True):
             channel[0] += total
             channel[1] += squares
 

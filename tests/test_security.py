@@ -34,10 +34,10 @@ from infomcr_dist.config import Config
 from infomcr_dist.options import from_dict, load_config, to_dict
 from pipelines import Order, images, open_dataset, open_loader, open_stream
 from pipelines.inspect import contact_sheet
+from pipelines.items import File
 from pipelines.prepare import Options, prepare
 from pipelines.reader import MAX_PIXELS, SampleError, refuse_bomb
 from pipelines.shards import without_secrets
-from pipelines.source import Item
 from pipelines.verify import verify
 
 SOURCES = sorted(p for folder in ("infomcr_dist", "pipelines", "benchmarks") for p in (ROOT / folder).rglob("*.py"))
@@ -388,7 +388,7 @@ def test_a_member_too_large_for_memory_is_not_read(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(2 << 30)
     with little_memory(), pytest.raises(ValueError, match="bytes, more than"):
-        Item("train", 0, "file", str(path), 0, 2 << 30).read()
+        File("file", str(path), 0, 2 << 30).read()
 
 
 @pytest.fixture(scope="module", params=BOMBS)
