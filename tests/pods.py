@@ -19,15 +19,17 @@ from benchmarks.hosts import Host
 HOME = "/home/trainer"
 _IMAGE = {"PATH": "/opt/venv/bin:/usr/local/bin:/usr/bin:/bin"}
 """What the image sets."""
-_HIDDEN = ("/home", "/opt", "/root", "/tmp")
-"""What of this machine a container does not see."""
+_OURS = [Path(path) for path in (sys.prefix, sys.base_prefix) if not path.startswith("/usr")]
+"""Where this machine's virtual environment and its interpreter are."""
+_HIDDEN = ("/home/", "/opt/", "/root/", "/tmp/")
+"""What else of this machine a container does not see."""
 
 
 class Container:
     """The first container of a pod template, running on a host.
 
-    ``volumes``: the directory that stands for each volume but emptyDirs; ``ssh``: what the operator mounts as keys;
-    ``names``: /etc/hosts; ``environment``: what the operator adds.
+    ``volumes``: the directory that stands for each volume but emptyDirs, by the volume's name, and for each that the
+    operator adds, by its path; ``names``: /etc/hosts; ``environment``: what the operator adds.
     """
 
     def __init__(
@@ -48,24 +50,19 @@ class Container:
         folder.mkdir()
         root = folder / "root"
         root.mkdir()
-        script = _root(root, folder, names, container["workingDir"])
+        mounts = []
         for mount in container["volumeMounts"]:
             volume = next(v for v in pod["volumes"] if v["name"] == mount["name"])
-            where = shlex.quote(f"{root}{mount['mountPath']}")
-            script.append(f"mkdir -p {where}")
             if "emptyDir" in volume:
                 size = volume["emptyDir"]["sizeLimit"].removesuffix("i")
-                script.append(f"mount -t tmpfs -o mode=1777,size={size} tmpfs {where}")
+                mounts += _mount(root, mount["mountPath"], "-t", "tmpfs", "-o", f"mode=1777,size={size}", "tmpfs")
             else:
-                script.append(f"mount --bind {shlex.quote(str(volumes[volume['name']]))} {where}")
-                if mount.get("readOnly"):
-                    script.append(f"mount -o remount,bind,ro {where}")
-        for path in ("/etc/mpi", f"{HOME}/.ssh"):  # the operator adds these two
-            where = shlex.quote(f"{root}{path}")
-            source = shlex.quote(str(volumes[path]))
-            script += [f"mkdir -p {where}", f"mount --bind {source} {where}", f"mount -o remount,bind,ro {where}"]
+                mounts += _bind(root, mount["mountPath"], volumes[volume["name"]], mount.get("readOnly", False))
+        for path in (path for path in volumes if path.startswith("/")):
+            mounts += _bind(root, path, volumes[path], read_only=True)
+        script = [*_root(root, names), *mounts, *_software(root, container["workingDir"])]
         if container["securityContext"]["readOnlyRootFilesystem"]:
-            script.append(f"for d in {root} {root}/home {root}/opt {root}/root; do mount -o remount,bind,ro $d; done")
+            script.append(f"mount -o remount,ro {root}")
         command = [*container["command"], *container.get("args", [])]
         script.append(f"exec chroot {root} {shlex.join(self._confined(command))}")
         self.log = folder / "log"
@@ -108,20 +105,38 @@ class Container:
         return self.log.read_text(errors="replace")
 
 
-def _root(root: Path, folder: Path, names: str, project: str) -> list[str]:
-    """Shell commands that make the root: this machine's, with the image's paths and user."""
-    (folder / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
-    for file in ("passwd", "group"):
-        kept = [x for x in Path("/etc", file).read_text().splitlines() if x.split(":")[2] != "1000"]
-        entry = f"trainer:x:1000:1000::{HOME}:/bin/sh" if file == "passwd" else "trainer:x:1000:"
-        (folder / file).write_text("\n".join([*kept, entry, ""]))
-    script = ["mount --make-rprivate /", f"mount --rbind / {root}"]
-    script += [f"mount -t tmpfs -o mode=755 tmpfs {root}{hidden}" for hidden in _HIDDEN]
-    visible = {project: str(ROOT), "/opt/venv": sys.prefix}
-    # A virtual environment's scripts name its own path, and its interpreter's.
-    visible |= {path: path for path in (sys.prefix, sys.base_prefix) if not path.startswith("/usr")}
-    for path, source in visible.items():
-        script += [f"mkdir -p {shlex.quote(f'{root}{path}')}"]
-        script += [f"mount --rbind {shlex.quote(source)} {shlex.quote(f'{root}{path}')}"]
-    script += [f"mount --bind {folder}/{file} {root}/etc/{file}" for file in ("hosts", "passwd", "group")]
-    return [*script, f"mount -t proc proc {root}/proc"]
+def _root(root: Path, names: str) -> list[str]:
+    """Shell commands that make a root of what this machine has, less what is hidden, with the image's user."""
+    script = ["mount --make-rprivate /", f"mount -t tmpfs -o mode=755 tmpfs {root}"]
+    for entry in Path("/").iterdir():
+        inside = root / entry.name
+        if entry.is_symlink() or entry.name == "etc":
+            script.append(f"cp -a {entry} {inside}")
+        elif entry.is_dir() and not any(str(path).startswith(f"{entry}/") for path in (*_HIDDEN, *_OURS)):
+            script.append(f"mkdir {inside}")
+            if entry.name == "proc":
+                script.append(f"mount -t proc proc {inside}")
+            elif entry.name == "dev":
+                script.append(f"mount --rbind /dev {inside}")
+            else:
+                script += [f"mount --rbind {entry} {inside}", f"mount -o remount,bind,ro {inside}"]
+    for file, entry in (("passwd", f"trainer:x:1000:1000::{HOME}:/bin/sh"), ("group", "trainer:x:1000:")):
+        script.append(f"sed -i -e '/^[^:]*:[^:]*:1000:/d' -e '$a{entry}' {root}/etc/{file}")
+    hosts = shlex.quote(f"127.0.0.1 localhost\n{names}")
+    return [*script, f"rm {root}/etc/hosts", f"printf %b {hosts} > {root}/etc/hosts", f"mkdir -p {root}{HOME}"]
+
+
+def _software(root: Path, project: str) -> list[str]:
+    """Shell commands that put the project and its virtual environment where the image has them."""
+    # The environment's scripts name its own path, and its interpreter's.
+    sources = {project: ROOT, "/opt/venv": Path(sys.prefix)} | {str(path): path for path in _OURS}
+    return [line for path, source in sources.items() for line in _bind(root, path, source, read_only=True)]
+
+
+def _bind(root: Path, path: str, source: Path, read_only: bool) -> list[str]:
+    lines = _mount(root, path, "--rbind", str(source))
+    return [*lines, shlex.join(["mount", "-o", "remount,bind,ro", f"{root}{path}"])] if read_only else lines
+
+
+def _mount(root: Path, path: str, *options: str) -> list[str]:
+    return [shlex.join(["mkdir", "-p", f"{root}{path}"]), shlex.join(["mount", *options, f"{root}{path}"])]

