@@ -28,8 +28,8 @@ _HIDDEN = ("/home/", "/opt/", "/root/", "/tmp/")
 class Container:
     """The first container of a pod template, running on a host.
 
-    ``volumes``: the directory that stands for each volume but emptyDirs, by the volume's name, and for each that the
-    operator adds, by its path; ``names``: /etc/hosts; ``environment``: what the operator adds.
+    ``volumes``: the directory that stands for each volume but emptyDirs, by the volume's name, and for what the
+    operator adds or the image has, by its path; ``names``: /etc/hosts; ``environment``: what the operator adds.
     """
 
     def __init__(
@@ -127,9 +127,10 @@ def _root(root: Path, names: str) -> list[str]:
 
 
 def _software(root: Path, project: str) -> list[str]:
-    """Shell commands that put the project and its virtual environment where the image has them."""
+    """Shell commands that put the project, with the tests' networks, and its packages where the image has them."""
     # The environment's scripts name its own path, and its interpreter's.
-    sources = {project: ROOT, "/opt/venv": Path(sys.prefix)} | {str(path): path for path in _OURS}
+    sources = {"/opt/venv": Path(sys.prefix)} | {str(path): path for path in _OURS}
+    sources |= {f"{project}/{name}": ROOT / name for name in ("infomcr_dist", "launch", "pipelines", "tests/workers")}
     return [line for path, source in sources.items() for line in _bind(root, path, source, read_only=True)]
 
 
