@@ -160,6 +160,11 @@ def test_the_config_maps_are_the_files() -> None:
     assert maps["recipes"]["data"] == recipes, "launch/recipes/Kustomization lists them"
 
 
+def test_the_page_names_folders_that_are_there() -> None:
+    named_in_page = re.findall(r"kubectl \S+ -k (\S+)", (K8S / "README.md").read_text())
+    assert {f"k8s/{folder}" for folder in RENDERED} - {"k8s/overlays/gpu64"} == set(named_in_page)
+
+
 # What agrees with what.
 
 
