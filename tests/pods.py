@@ -123,7 +123,7 @@ def _root(root: Path, names: str) -> list[str]:
     for file, entry in (("passwd", f"trainer:x:1000:1000::{HOME}:/bin/sh"), ("group", "trainer:x:1000:")):
         script.append(f"sed -i -e '/^[^:]*:[^:]*:1000:/d' -e '$a{entry}' {root}/etc/{file}")
     hosts = shlex.quote(f"127.0.0.1 localhost\n{names}")
-    return [*script, f"rm {root}/etc/hosts", f"printf %b {hosts} > {root}/etc/hosts", f"mkdir -p {root}{HOME}"]
+    return [*script, f"rm {root}/etc/hosts", f"printf %s {hosts} > {root}/etc/hosts", f"mkdir -p {root}{HOME}"]
 
 
 def _software(root: Path, project: str) -> list[str]:
