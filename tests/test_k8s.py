@@ -492,10 +492,11 @@ def test_an_elastic_job_goes_on_without_a_worker_and_with_it_again(tmp_path: Pat
         assert hook.returncode == 0, hook.stderr
         job.set_running(1)
         job.wait_for("one goes on", lambda: size() == 1)
-        job.worker(1)
+        workers[1] = job.worker(1)
         job.set_running(2)
         job.wait_for("two train again", lambda: size() == 2, seconds=180)
-        os.kill(launched.first_process(), signal.SIGTERM)
+        os.kill(launched.first_process(), signal.SIGTERM)  # as all pods of a deleted job get theirs
+        assert [container.stop().returncode for container in workers] == [0, 0]
         launched.process.wait(90)
         steps = [step["step"] for step in job.steps()]
         assert steps == list(range(1, len(steps) + 1))
