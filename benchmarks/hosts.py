@@ -76,14 +76,10 @@ class Hosts:
 
 
 @contextmanager
-def hosts(count: int, folder: Path) -> Iterator[Hosts]:
-    """So many hosts, gone again at the end; ``folder`` gets keys and logs."""
+def namespaces(count: int) -> Iterator[list[Host]]:
+    """So many hosts without any server, gone again at the end with all that still runs on them."""
     names = [f"node{i}" for i in range(1, count + 1)]
     table = "127.0.0.1 localhost\n" + "".join(f"10.77.0.{i} {name}\n" for i, name in enumerate(names, 1))
-    _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "key"))
-    _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "host_key"))
-    shutil.copy(folder / "key.pub", folder / "authorized_keys")
-    Path("/run/sshd").mkdir(exist_ok=True)
     with ExitStack() as stack:
         _run("ip", "link", "add", _BRIDGE, "type", "bridge")
         stack.callback(_run, "ip", "link", "del", _BRIDGE)
@@ -102,18 +98,29 @@ def hosts(count: int, folder: Path) -> Iterator[Hosts]:
             _run(*inside, "addr", "add", f"10.77.0.{i}/24", "dev", _INTERFACE)
             _run(*inside, "link", "set", _INTERFACE, "up")
             _run(*inside, "link", "set", "lo", "up")
-            host = Host(name, f"10.77.0.{i}")
+            made.append(Host(name, f"10.77.0.{i}"))
+        yield made
+
+
+@contextmanager
+def hosts(count: int, folder: Path) -> Iterator[Hosts]:
+    """So many hosts, each with an sshd, gone again at the end; ``folder`` gets keys and logs."""
+    _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "key"))
+    _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "host_key"))
+    shutil.copy(folder / "key.pub", folder / "authorized_keys")
+    Path("/run/sshd").mkdir(exist_ok=True)
+    with namespaces(count) as made, ExitStack() as stack:
+        for host in made:
             options = (
                 f"HostKey={folder / 'host_key'}", f"AuthorizedKeysFile={folder / 'authorized_keys'}", "UsePAM=no",
                 "StrictModes=no", "PidFile=none", "PermitRootLogin=yes", f"ListenAddress={host.address}:{_PORT}",
             )  # fmt: skip
-            with open(folder / f"{name}.log", "wb") as log:
+            with open(folder / f"{host.name}.log", "wb") as log:
                 server = subprocess.Popen(
                     host.command("/usr/sbin/sshd", "-D", "-e", *(f"-o{o}" for o in options)), stdout=log, stderr=log
                 )
             stack.callback(server.wait)
             stack.callback(server.terminate)
-            made.append(host)
         _wait_for_sshd(made)
         yield Hosts(made, folder)
 
