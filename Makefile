@@ -1,5 +1,6 @@
 # make train: set up, then train the demo on two Horovod workers.   make test: set up, then lint, types and tests.
-# make chaos: a run under thirty random faults, next to the same run left alone.   make check-ops: draws the dashboard.
+# make chaos: a run under thirty random faults, next to the same run left alone.
+# make check-ops: draws the dashboard, builds the image and runs in it, runs a job under Slurm.
 .PHONY: setup train test chaos check-ops
 SHELL := bash
 

@@ -59,7 +59,7 @@ command -v "${CXX:-g++}" >/dev/null || fail "no C++ compiler: install one (Debia
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 say "Horovod $version for $facts: building the wheel, once, 3 to 5 minutes on two cores …"
-export PATH="$(dirname "$python"):$PATH"
+PATH=$(dirname "$python"):$PATH
 
 "$python" -m pip download --quiet --no-deps --no-build-isolation --no-binary horovod --dest "$work" "horovod==$version" >"$work/log" 2>&1 \
     || { tail -n 20 "$work/log" >&2; fail "the source of horovod $version could not be downloaded: is the package index reachable?"; }

@@ -15,7 +15,7 @@
 set -euo pipefail
 
 options=(--blacklist-cooldown-range 10 60)
-processes= previous=
+processes='' previous=''
 for argument in "$@"; do
     case $argument in
         --blacklist-cooldown-range) options=() ;;
