@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Builds the Horovod wheel for the torch of the Python given, once, and prints its path.
 #
-#   usage: launch/build_horovod.sh PYTHON        (an interpreter with torch, numpy, setuptools < 80, wheel and cmake)
+#   usage: [HOROVOD_WITH_MPI=1] launch/build_horovod.sh PYTHON    (it has torch, numpy, setuptools < 80, wheel and cmake)
+#
+# HOROVOD_WITH_MPI=1: for mpirun too; it needs an MPI with its compiler (Debian: openmpi-bin, libopenmpi-dev).
 #
 # Horovod 0.28.1, its last release, compiles its own sources and torch's headers as C++14; torch has needed C++17 since
 # 2.1 and C++20 now: the first fix raises the standard in the two places that set it. The others are about trouble:
@@ -37,7 +39,13 @@ cuda = torch.version.cuda or "none"
 print(torch.__version__, "py%d.%d" % sys.version_info[:2], sysconfig.get_platform(), "cuda-" + cuda)
 ') || fail "torch cannot be imported by $python: install the versions in constraints.txt first"
 
-options=(HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1)
+options=(HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1)
+if [[ ${HOROVOD_WITH_MPI:-} == 1 ]]; then
+    command -v mpicxx >/dev/null || fail "HOROVOD_WITH_MPI=1, but mpicxx is not found: install an MPI (Debian, Ubuntu: apt-get install openmpi-bin libopenmpi-dev)"
+    options+=(HOROVOD_WITH_MPI=1)
+else
+    options+=(HOROVOD_WITHOUT_MPI=1)
+fi
 if [[ $facts == *cuda-none ]]; then
     options+=(HOROVOD_CPU_OPERATIONS=GLOO)
 else

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -354,6 +355,7 @@ regularizer: {sub_batch_size: 10, beta: 5}
 metric: {trials: 0}
 """
 STEPS = 30
+_HOROVOD = "/opt/horovod"
 LAUNCHER_ENVIRONMENT = {
     "NVIDIA_VISIBLE_DEVICES": "",  # two of those that the operator adds
     "OMPI_MCA_orte_default_hostfile": "/etc/mpi/hostfile",
@@ -395,8 +397,20 @@ class Cluster:
         beside.chmod(0o555)
         beside.replace(script)
 
-    def launcher(self) -> Container:
-        return self._start("Launcher", 0, LAUNCHER_ENVIRONMENT)
+    def launcher(self, **environment: str) -> Container:
+        return self._start("Launcher", 0, LAUNCHER_ENVIRONMENT | environment)
+
+    def with_mpirun(self, horovod: Path) -> None:
+        """From now on the launcher starts its command with mpirun, and a Horovod that was built with MPI."""
+        container = self._templates["Launcher"]["spec"]["containers"][0]
+        container["command"] = [
+            *("mpirun", "-np", str(len(self._pods) - 1), "--hostfile", "/etc/mpi/hostfile"),
+            *("--mca", "plm_rsh_args", "-p 2222 -o StrictHostKeyChecking=no"),
+            *("--mca", "btl_tcp_if_include", "eth0", "--mca", "oob_tcp_if_include", "eth0"),
+            *("--mca", "odls_base_sigkill_timeout", "60"),
+            *(word for name in ("PATH", "PYTHONPATH", "HOME") for word in ("-x", name)),
+        ]
+        self._volumes[_HOROVOD] = horovod
 
     def worker(self, index: int) -> Container:
         return self._start("Worker", index + 1, {})
@@ -502,6 +516,36 @@ def test_an_elastic_job_goes_on_without_a_worker_and_with_it_again(tmp_path: Pat
         assert steps == list(range(1, len(steps) + 1))
         saved = [path.name for path in (tmp_path / "runs" / "elastic" / "checkpoints").glob(f"step-{len(steps):08}-*")]
         assert len(saved) == 1, launched.text()
+
+
+@pytest.mark.ops
+@pytest.mark.skipif(network.missing() is not None, reason=str(network.missing()))
+@pytest.mark.skipif(shutil.which("mpicxx") is None, reason="no MPI: apt-get install openmpi-bin libopenmpi-dev")
+def test_mpirun_starts_the_ranks_too(tmp_path: Path, small_data: Path) -> None:
+    """On the same workers, with a Horovod built for it; SIGTERM for one rank, by preStop, saves on all."""
+    build = [ROOT / "launch" / "build_horovod.sh", sys.executable]
+    wheel = subprocess.run(build, env=os.environ | {"HOROVOD_WITH_MPI": "1"}, check=True, stdout=subprocess.PIPE)
+    horovod = tmp_path / "horovod"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", horovod]
+    subprocess.run([*install, wheel.stdout.decode().strip()], check=True)
+    with cluster("demo", RECIPE, 2, tmp_path, small_data) as demo:
+        demo.with_mpirun(horovod)
+        path = {"PYTHONPATH": f"{_HOROVOD}:{LAUNCHER_ENVIRONMENT['PYTHONPATH']}"}
+        workers = [demo.worker(0), demo.worker(1)]
+        demo.wait_for("workers", lambda: all("listening on" in worker.text() for worker in workers))
+        first = demo.launcher(**path)
+        demo.wait_for("steps", lambda: len(demo.steps()) >= 8)
+        hook = workers[1].stop()
+        assert hook.returncode == 0, hook.stderr
+        assert first.process.wait(60) == 75, first.text()
+        assert "stopped: saved after step" in first.text()
+        assert not workers[0].exec(["ls", "/tmp/ranks"]).stdout
+        assert 8 <= len(demo.steps()) < STEPS
+        again = demo.worker(1)
+        demo.wait_for("the worker", lambda: "listening on" in again.text())
+        last = demo.launcher(**path)
+        assert last.process.wait(120) == 0, last.text()
+        assert [step["step"] for step in demo.steps()] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.ops
