@@ -39,13 +39,12 @@ cuda = torch.version.cuda or "none"
 print(torch.__version__, "py%d.%d" % sys.version_info[:2], sysconfig.get_platform(), "cuda-" + cuda)
 ') || fail "torch cannot be imported by $python: install the versions in constraints.txt first"
 
-options=(HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1)
+mpi=HOROVOD_WITHOUT_MPI=1
 if [[ ${HOROVOD_WITH_MPI:-} == 1 ]]; then
     command -v mpicxx >/dev/null || fail "HOROVOD_WITH_MPI=1, but mpicxx is not found: install an MPI (Debian, Ubuntu: apt-get install openmpi-bin libopenmpi-dev)"
-    options+=(HOROVOD_WITH_MPI=1)
-else
-    options+=(HOROVOD_WITHOUT_MPI=1)
+    mpi=HOROVOD_WITH_MPI=1
 fi
+options=(HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_GLOO=1 "$mpi" HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1)
 if [[ $facts == *cuda-none ]]; then
     options+=(HOROVOD_CPU_OPERATIONS=GLOO)
 else
