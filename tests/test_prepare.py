@@ -138,6 +138,21 @@ def test_index_files_point_at_the_members(tmp_path: Path) -> None:
         assert listed == [(member.name, member.offset, member.size) for member in members(path)]
 
 
+def test_a_shard_is_the_tar_that_tarfile_writes(tmp_path: Path) -> None:
+    prepare(str(make_folder(tmp_path / "source")), tmp_path / "data", Options(processes=1))
+    for shard in (tmp_path / "data").glob("*/*.tar"):
+        expected = io.BytesIO()
+        with (
+            tarfile.open(shard) as ours,
+            tarfile.open(fileobj=expected, mode="w", format=tarfile.USTAR_FORMAT) as theirs,
+        ):
+            for member in ours:
+                entry = tarfile.TarInfo(member.name)
+                entry.size = member.size
+                theirs.addfile(entry, ours.extractfile(member))
+        assert shard.read_bytes() == expected.getvalue()
+
+
 # webdataset leaves its files to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_webdataset_reads_our_shards(tmp_path: Path) -> None:
