@@ -25,6 +25,7 @@ import shutil
 import statistics
 import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -98,7 +99,12 @@ def ours(backend: str, task: Task) -> _Epoch:
 def decode_only(task: Task) -> _Epoch:
     """simplejpeg on bytes in memory, in a thread a core."""
     encoded = in_memory(task)
-    return partial(threaded, encoded, task, lambda image, row, scratch: simplejpeg.decode_jpeg(image))
+
+    def work(numbers: list[int], batch: np.ndarray) -> None:
+        for number in numbers:
+            simplejpeg.decode_jpeg(encoded[number])
+
+    return partial(threaded, len(encoded), task, work)
 
 
 def decode_and_augment(task: Task) -> _Epoch:
@@ -109,7 +115,11 @@ def decode_and_augment(task: Task) -> _Epoch:
     index = split.index
     chosen, sides = augment.augmentation(task.augmentation), (index["height"], index["width"])
     rows = augment.draw(chosen, 0, 0, np.arange(len(split)), *sides).rows()
-    return partial(threaded, encoded, task, lambda image, row, out: render(image, rows[row], out))
+
+    def work(numbers: list[int], batch: np.ndarray) -> None:
+        render.batch(batch, lambda row, pixels: render.decode(encoded[numbers[row]], rows[numbers[row]], pixels))
+
+    return partial(threaded, len(encoded), task, work)
 
 
 def in_memory(task: Task) -> list[bytes]:
@@ -118,19 +128,22 @@ def in_memory(task: Task) -> list[bytes]:
     return list(map(Files(split, 1).read, range(len(split))))
 
 
-def threaded(
-    encoded: list[bytes], task: Task, one: Callable[[bytes, int, np.ndarray], object]
-) -> Iterator[tuple[range, None]]:
+def threaded(count: int, task: Task, work: Callable[[list[int], np.ndarray], None]) -> Iterator[tuple[list[int], None]]:
+    """So many images, an equal part at a time of a batch that is larger than a cache, as a loader's is."""
     workers = Workers(len(task.cores))
-    rows = np.arange(len(encoded))
+    rows = np.arange(count)
+    batches = threading.local()
 
-    def work(piece: slice) -> range:
-        batch = np.empty((_BATCH, 3, task.size, task.size), np.float32)  # larger than a cache, as a loader's is
-        for row in rows[piece].tolist():
-            one(encoded[row], row, batch[row % _BATCH])
-        return range(piece.start, piece.stop)
+    def some(numbers: list[int], piece: slice) -> list[int]:
+        batch = batches.__dict__.setdefault("batch", np.empty((_BATCH, 3, task.size, task.size), np.float32))
+        work(numbers, batch[piece][: len(numbers)])
+        return numbers
 
-    futures = [workers.submit(partial(work, piece)) for piece in chunks(rows, 8 * len(task.cores))]
+    futures = [
+        workers.submit(partial(some, rows[start : start + _BATCH][piece].tolist(), piece))
+        for start in range(0, count, _BATCH)
+        for piece in chunks(rows[:_BATCH], len(task.cores))
+    ]
     for future in futures:
         yield future.result(), None
     workers.close()

@@ -8,6 +8,7 @@ An image becomes a sample in these steps, which every backend carries out alike:
 The numbers depend on (seed, epoch, position) alone, so pixels are the same at any world size and after any resume.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,13 +47,10 @@ AUGMENTATIONS = {
 
 
 class Row(NamedTuple):
-    """The geometry of one sample; the fields of Geometry."""
+    """The geometry of one sample: y, x, height and width of its box, its shift as y, x, whether it is mirrored."""
 
-    anchor: list[int]
-    shape: list[int]
-    shift: list[int]
-    mirror: int
-    jitter: NDArray[np.float32]
+    steps: list[int]
+    jitter: list[float]
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,9 @@ class Geometry:
 
     def rows(self) -> list["Row"]:
         """One sample each, as Python numbers."""
-        columns = (self.anchor.tolist(), self.shape.tolist(), self.shift.tolist(), self.mirror.tolist(), self.jitter)
-        return [Row(*values) for values in zip(*columns, strict=True)]
+        # Few objects: enough of them would wake the garbage collector with every batch.
+        steps = np.concatenate([self.anchor, self.shape, self.shift, self.mirror[:, None]], axis=1)
+        return list(map(Row, steps.tolist(), self.jitter.tolist()))
 
     def __getitem__(self, item: slice) -> "Geometry":
         return Geometry(self.anchor[item], self.shape[item], self.shift[item], self.mirror[item], self.jitter[item])
@@ -112,7 +111,8 @@ def draw(
 
     color_jitter: brightness, contrast and saturation are uniform in 1 - color_jitter .. 1 + color_jitter.
     """
-    u = uniform(seed, epoch, positions)
+    drawn = augmentation.flip or augmentation.pad or augmentation.area or color_jitter
+    u = uniform(seed, epoch, positions) if drawn else np.zeros((len(positions), _DRAWS))
     sides = np.stack([heights, widths], axis=1).astype(np.int32)
     if augmentation.area:
         shape = _box_shapes(augmentation.area, augmentation.ratio, sides, u[:, 4:14], u[:, 14:24])
@@ -130,12 +130,12 @@ def draw(
     return Geometry(anchor, shape, shift if pad else np.zeros_like(sides), mirror, jitter)
 
 
-def color_map(jitter: NDArray[np.float32]) -> NDArray[np.float32]:
+def color_map(jitter: Sequence[float]) -> NDArray[np.float32]:
     """The affine map of RGB in 0..255 that one (brightness, contrast, saturation) stands for, (3, 4).
 
     Saturation blends with the luma, contrast scales about 128, then brightness scales.
     """
-    brightness, contrast, saturation = (float(value) for value in jitter)
+    brightness, contrast, saturation = jitter
     matrix = np.empty((3, 4))
     luma = np.array([0.299, 0.587, 0.114])
     matrix[:, :3] = (saturation * np.eye(3) + (1 - saturation) * luma) * brightness * contrast

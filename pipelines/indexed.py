@@ -4,9 +4,10 @@ For machines without DALI, and as an independent check of it. Both libraries rel
 that write into one preallocated batch scale with the cores, and nothing is copied between processes.
 """
 
+import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,9 @@ from .shards import Split
 
 # Each of our threads does its own work; OpenCV's pool would only compete with them.
 cv2.setNumThreads(0)
+
+_GROUP = 8
+"""Images normalized at a time."""
 
 
 @dataclass
@@ -107,38 +111,41 @@ class TorchLoader:
         if len(part.samples) > self._batch_size:
             raise ValueError(f"batch_size must hold the largest part, got {self._batch_size} and {len(part.samples)}")
         batch = _Pending(self._buffers.take(len(part.samples)), self._labels[part.samples], [])
+        # For the whole part, in the first free thread: a draw costs as much for a few samples as for many.
+        geometry = self._workers.submit(partial(self._draw, part.epoch, part.positions, part.samples))
         for piece in chunks(part.samples, self._threads):
-            batch.tasks.append(self._workers.submit(partial(self._fill, part, piece, batch.images, batch.labels)))
+            fill = partial(self._fill, part, piece, geometry, batch.images[piece], batch.labels[piece])
+            batch.tasks.append(self._workers.submit(fill))
         return batch
 
-    def _fill(self, part: Part, piece: slice, images: NDArray[np.float32], labels: NDArray[np.int64]) -> None:
-        samples, positions = part.samples[piece], part.positions[piece]
-        geometry = self._draw(part.epoch, positions, samples)
-        for row, (sample, drawn) in enumerate(zip(samples.tolist(), geometry, strict=True)):
-            used = self._fill_one(part.epoch, positions[row : row + 1], sample, drawn, images[piece.start + row])
-            if used != sample:
-                labels[piece.start + row] = self._labels[used]
-
-    def _fill_one(
+    def _fill(
         self,
-        epoch: int,
-        position: NDArray[np.int64],
-        sample: int,
-        drawn: augment.Row,
-        out: NDArray[np.float32],
-    ) -> int:
-        """Writes the sample, or the one that stands in for it, to `out`; returns which."""
-        while True:
-            try:
-                encoded = self._files.read(sample)
+        part: Part,
+        piece: slice,
+        geometry: Future[list[augment.Row]],
+        images: NDArray[np.float32],
+        labels: NDArray[np.int64],
+    ) -> None:
+        samples, positions, rows = part.samples[piece].tolist(), part.positions[piece], geometry.result()[piece]
+
+        def paint(row: int, pixels: NDArray[np.uint8]) -> None:
+            sample, drawn = samples[row], rows[row]
+            while True:
                 try:
-                    self._render(encoded, drawn, out)
+                    return self._paint(sample, drawn, pixels)
                 except SampleError as error:
-                    raise SampleError(f"cannot decode {self._split.where(sample)}: {error}") from None
-                return sample
-            except SampleError as error:
-                sample = self._faults.substitute(sample, error)
-                (drawn,) = self._draw(epoch, position, np.array([sample]))
+                    sample = self._faults.substitute(sample, error)
+                    labels[row] = self._labels[sample]
+                    (drawn,) = self._draw(part.epoch, positions[row : row + 1], np.array([sample]))
+
+        self._render.batch(images, paint)
+
+    def _paint(self, sample: int, drawn: augment.Row, pixels: NDArray[np.uint8]) -> None:
+        encoded = self._files.read(sample)
+        try:
+            self._render.decode(encoded, drawn, pixels)
+        except SampleError as error:
+            raise SampleError(f"cannot decode {self._split.where(sample)}: {error}") from None
 
     def _draw(self, epoch: int, positions: NDArray[np.int64], samples: NDArray[np.int64]) -> list[augment.Row]:
         heights, widths = self._heights[samples], self._widths[samples]
@@ -147,7 +154,7 @@ class TorchLoader:
 
 
 class Renderer:
-    """Carries out the steps of `pipelines.augment` on one image."""
+    """Carries out the steps of `pipelines.augment` on images, in any number of threads."""
 
     def __init__(
         self, size: int, mean: tuple[float, float, float], std: tuple[float, float, float], jitters: bool
@@ -156,30 +163,63 @@ class Renderer:
         levels = np.arange(256, dtype=np.float64) / 255
         # Normalization by table: exact, and one pass with the conversion to float.
         self._tables = [((levels - m) / s).astype(np.float32) for m, s in zip(mean, std, strict=True)]
+        self._whole = [size, size, 0, 0, 0]
+        self._local = threading.local()
 
-    def __call__(self, encoded: bytes, drawn: augment.Row, out: NDArray[np.float32]) -> None:
-        """Writes the sample so drawn to `out`, (3, size, size); SampleError if it cannot be decoded."""
-        self.finish(decode(encoded), drawn, out)
+    def batch(self, out: NDArray[np.float32], paint: Callable[[int, NDArray[np.uint8]], None]) -> None:
+        """Writes the normalized images to `out`, (B, 3, size, size); paint(row, pixels) fills uint8 (size, size, 3).
 
-    def finish(self, image: Any, drawn: augment.Row, out: NDArray[np.float32]) -> None:
+        A few images are normalized at a time: every call into a library lets another thread take the interpreter lock,
+        and waiting for it again costs more than a small image's pixels.
+        """
+        size, local = self._size, self._local
+        if not hasattr(local, "pixels"):
+            local.pixels = np.empty((_GROUP, size, size, 3), np.uint8)
+            local.planes = [np.empty((_GROUP, size * size), np.uint8) for _ in range(3)]
+        pixels = local.pixels
+        for start in range(0, len(out), _GROUP):
+            group = out[start : start + _GROUP]
+            count = len(group)
+            for row in range(count):
+                paint(start + row, pixels[row])
+            channels = [plane[:count] for plane in local.planes]
+            cv2.split(pixels[:count].reshape(count, size * size, 3), channels)
+            for channel, (plane, table) in enumerate(zip(channels, self._tables, strict=True)):
+                cv2.LUT(plane, table, dst=group[:, channel].reshape(count, size * size))
+
+    def decode(self, encoded: bytes, drawn: augment.Row, pixels: NDArray[np.uint8]) -> None:
+        """Writes the sample so drawn to `pixels`, uint8 (size, size, 3); SampleError if it cannot be decoded."""
+        if not self._jitters and drawn.steps[2:] == self._whole:
+            try:
+                if simplejpeg.decode_jpeg(encoded, buffer=pixels).shape == pixels.shape:
+                    return
+            except ValueError:  # damaged, larger, or no JPEG
+                pass
+        self.place(decode(encoded), drawn, pixels)
+
+    def place(self, image: Any, drawn: augment.Row, pixels: NDArray[np.uint8]) -> None:
         """The same from decoded RGB pixels, uint8 (H, W, 3)."""
         size = self._size
-        (y, x), (height, width), (down, right), mirror, jitter = drawn
+        (y, x, height, width, down, right, mirror), jitter = drawn
         image = image[y : y + height, x : x + width]
+        if image.shape[:2] != (height, width):
+            raise SampleError("it is smaller than the index says")
         if (height, width) != (size, size):
             image = _resize(image, size)
         if self._jitters:
             image = cv2.transform(image, augment.color_map(jitter))
-        if down or right:
-            moved = np.zeros_like(image)
-            moved[max(-down, 0) : size - max(down, 0), max(-right, 0) : size - max(right, 0)] = image[
-                max(down, 0) : size - max(-down, 0), max(right, 0) : size - max(-right, 0)
-            ]
-            image = moved
+        if not (down or right):
+            if mirror:
+                cv2.flip(image, 1, dst=pixels)
+            else:
+                pixels[:] = image
+            return
         if mirror:
-            image = cv2.flip(image, 1)
-        for plane, table, target in zip(cv2.split(image), self._tables, out, strict=True):
-            cv2.LUT(plane, table, dst=target)
+            image, right = cv2.flip(image, 1), -right
+        pixels.fill(0)
+        pixels[max(-down, 0) : size - max(down, 0), max(-right, 0) : size - max(right, 0)] = image[
+            max(down, 0) : size - max(-down, 0), max(right, 0) : size - max(-right, 0)
+        ]
 
 
 def decode(encoded: bytes) -> Any:

@@ -198,7 +198,8 @@ class StreamLoader:
     def _fill(
         self, samples: list[_Sample], epoch: int, positions: NDArray[np.int64], images: NDArray[np.float32]
     ) -> None:
-        for row, sample in enumerate(samples):
+        def paint(row: int, pixels: NDArray[np.uint8]) -> None:
+            sample = samples[row]
             try:
                 refuse_bomb(sample.image)
                 image = decode(sample.image)
@@ -208,4 +209,6 @@ class StreamLoader:
             (drawn,) = augment.draw(
                 self._augmentation, self._seed, epoch, positions[row : row + 1], height, width, self._color_jitter
             ).rows()
-            self._render.finish(image, drawn, images[row])
+            self._render.place(image, drawn, pixels)
+
+        self._render.batch(images, paint)

@@ -2,6 +2,7 @@ import io
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -279,6 +280,15 @@ def test_skip_puts_the_same_substitute_at_any_world_size(tmp_path: Path, backend
             assert torch.equal(torch.cat([batches[step][0] for batches in ranks]), images)
             assert torch.equal(torch.cat([batches[step][1] for batches in ranks]), labels)
     loader.close()
+
+
+def test_an_image_smaller_than_its_index_says_is_named(dataset: Dataset) -> None:
+    index = dataset.splits["train"].index.copy()
+    index["height"][3] += 4
+    split = replace(dataset.splits["train"], index=index)
+    loader = open_train(replace(dataset, splits={"train": split}), "torch")
+    with pytest.raises(ValueError, match=f"cannot decode {split.where(3)}: it is smaller than the index says"):
+        list(loader.batches(evaluation_parts(len(split), 16, 0, 1)))
 
 
 def test_skip_ends_when_too_much_is_damaged(tmp_path: Path, backend: str) -> None:
