@@ -258,6 +258,8 @@ def draw_metrics(results: Results, title: str, test: str) -> Figure:
         lower.plot([mean(row) for row in metric], [mean(row) for row in error], "k-", linewidth=1)
         lower.set_xlabel(COLUMNS[name].title)
         lower.set_ylabel(f"{test} error, %")
+        if name != "gamma_hat":  # it is a logarithm already
+            lower.set_xscale("log")
     figure.legend(*panels[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(labels))
     figure.suptitle(title)
     return figure
