@@ -201,11 +201,11 @@ def choice(results: Results, axis: str, test: str) -> str:
 
 
 def correlations(results: Results, test: str) -> str:
-    """Kendall's τ of each metric with the test error: of the cells' means, and of all runs, with a 95 % interval from
-    drawing the seeds of each cell anew."""
+    """Kendall's τ of each metric, and of the training loss, with the test error: of the cells' means, and of all runs,
+    with a 95 % interval from drawing the seeds of each cell anew."""
     rows = []
     error = results.of("test_error")
-    for name in (n for n in METRICS if n in results.columns):
+    for name in (n for n in (*METRICS, "train_loss") if n in results.columns):
         metric = results.of(name)
         means = [[mean(row) for row in values] for values in (metric, error)]
         low, high = _bootstrap(metric, error)
@@ -214,7 +214,7 @@ def correlations(results: Results, test: str) -> str:
         of_means = kendall(*map(np.array, means))
         rows.append([COLUMNS[name].title, f"{of_means:+.2f}", f"{tau:+.2f}{interval}"])
     text = f"Kendall's τ with the {test} error (1: same order; 95 % interval by bootstrap over the seeds)\n\n"
-    return text + _table(["metric", "of the means", "of all runs"], rows)
+    return text + _table(["", "of the means", "of all runs"], rows)
 
 
 def kendall(left: Floats, right: Floats) -> float:
