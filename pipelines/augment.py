@@ -47,7 +47,8 @@ AUGMENTATIONS = {
 
 
 class Row(NamedTuple):
-    """The geometry of one sample: y, x, height and width of its box, its shift as y, x, whether it is mirrored."""
+    """The geometry of one sample. steps: y, x, height and width of its box, its shift as y, x, and 1 if it is mirrored;
+    jitter: brightness, contrast and saturation."""
 
     steps: list[int]
     jitter: list[float]

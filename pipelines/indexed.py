@@ -1,7 +1,7 @@
 """The backend "torch": our index, positioned reads, simplejpeg and OpenCV in threads, PyTorch only to hold the result.
 
 For machines without DALI, and as an independent check of it. Both libraries release the interpreter lock, so threads
-that write into one preallocated batch scale with the cores, and nothing is copied between processes.
+write into one preallocated batch at the same time, and nothing is copied between processes.
 """
 
 import threading

@@ -334,9 +334,11 @@ def test_kendall_counts_pairs() -> None:
 def test_correlations_and_choice() -> None:
     error = [[0.1, 0.12], [0.2, 0.21], [0.3, 0.32]]
     metric = {"gamma_hat": [[1.0, 1.5], [2.0, 2.5], [3.0, 3.5]], "robustness": [[3.0, 3.2], [2.0, 2.2], [1.0, 1.2]]}
+    metric["train_loss"] = metric["gamma_hat"]
     found = results_of(error, **metric)
     text = results.correlations(found, "test")
     assert "| γ̂ | +1.00 | +1.00 (+1.00 … +1.00) |" in text
+    assert "| train loss | +1.00 | +1.00 (+1.00 … +1.00) |" in text
     assert "| robustness | -1.00 | -0.60 (" in text  # 12 of 15 pairs the other way
     assert results.choice(found, "cell", "validation") == (
         "chosen: cell c0, by the lowest mean validation error (11.00 %)"
