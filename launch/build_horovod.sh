@@ -12,6 +12,8 @@
 # - A worker of an elastic job that met an error must close its connections, on which others may wait until the network's
 #   time is up. Those of the process set stayed open, since their gloo context is never marked as enabled.
 # - A worker that starts waited five times the network's time for another that was lost while it started.
+# - An elastic job that had lost a worker could be entered by it again, once its host was back on the network, in the place
+#   of the one started anew: both then waited for ever. Each start of a worker now has its number, and asks with it.
 # - The stall check never found a worker missing under gloo: the list of ranks it goes through had room, but no size.
 # The wheel is kept under ${XDG_CACHE_HOME:-~/.cache}/infomcr_dist, by everything that goes into it: the sdist's hash,
 # this script's fixes, torch's version, Python's version, the platform and the build options.
@@ -19,14 +21,28 @@ set -euo pipefail
 
 version=0.28.1
 sdist_sha256=92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0
-fixes=(    # FILE:TEXT:NEW TEXT
-    'CMakeLists.txt:set(CMAKE_CXX_STANDARD 14):set(CMAKE_CXX_STANDARD 20)'
-    'horovod/torch/CMakeLists.txt:set(CMAKE_CXX_STANDARD 14):set(CMAKE_CXX_STANDARD 20)'
-    'horovod/runner/common/util/safe_shell_exec.py:GRACEFUL_TERMINATION_TIME_S = 5:GRACEFUL_TERMINATION_TIME_S = 60'
-    'horovod/runner/util/remote.py:-o StrictHostKeyChecking=no:-o StrictHostKeyChecking=no -o ServerAliveInterval=5 -o ServerAliveCountMax=3'
-    'horovod/common/process_set.cc:  gloo_context.Finalize();:  gloo_context.Enable(); gloo_context.Finalize();'
-    'third_party/gloo/gloo/transport/tcp/pair.h:timeout_ * 5,:timeout_,'
-    'horovod/common/gloo/gloo_controller.cc:global_ranks_.reserve(size_):global_ranks_.resize(size_)'
+fixes=(    # FILE|TEXT|NEW TEXT
+    'CMakeLists.txt|set(CMAKE_CXX_STANDARD 14)|set(CMAKE_CXX_STANDARD 20)'
+    'horovod/torch/CMakeLists.txt|set(CMAKE_CXX_STANDARD 14)|set(CMAKE_CXX_STANDARD 20)'
+    'horovod/runner/common/util/safe_shell_exec.py|GRACEFUL_TERMINATION_TIME_S = 5|GRACEFUL_TERMINATION_TIME_S = 60'
+    'horovod/runner/util/remote.py|-o StrictHostKeyChecking=no|-o StrictHostKeyChecking=no -o ServerAliveInterval=5 -o ServerAliveCountMax=3'
+    'horovod/common/process_set.cc|  gloo_context.Finalize();|  gloo_context.Enable(); gloo_context.Finalize();'
+    'third_party/gloo/gloo/transport/tcp/pair.h|timeout_ * 5,|timeout_,'
+    'horovod/common/gloo/gloo_controller.cc|global_ranks_.reserve(size_)|global_ranks_.resize(size_)'
+    'horovod/runner/elastic/driver.py|self._worker_clients = {}|self._worker_clients, self._starts = {}, {}'
+    'horovod/runner/elastic/driver.py|create_worker_fn = self._create_worker_fn|create_worker_fn = self._create_worker_fn
+        slot_info.start = self._starts[slot_info.hostname, slot_info.local_rank] = self._worker_registry.last_rendezvous()'
+    'horovod/runner/elastic/driver.py|    def _handle_worker_exit(self, slot_info, exit_code, timestamp):|    def runs(self, host, slot, start):
+        return str(self._starts.get((host, slot))) == start
+
+    def _handle_worker_exit(self, slot_info, exit_code, timestamp):
+        if not self.runs(slot_info.hostname, slot_info.local_rank, str(slot_info.start)):
+            return
+        del self._starts[slot_info.hostname, slot_info.local_rank]'
+    "horovod/runner/gloo_run.py|\"HOROVOD_HOSTNAME\": str(host_name),|\"HOROVOD_HOSTNAME\": str(host_name), \"HOROVOD_START\": str(getattr(slot_info, 'start', 0)),"
+    'horovod/common/gloo/gloo_context.cc|hostname_ + ":" + std::to_string(local_rank);|hostname_ + ":" + std::to_string(local_rank) + ":" + (std::getenv("HOROVOD_START") ?: "");'
+    "horovod/runner/elastic/rendezvous.py|host, local_rank = key.split(':')|host, local_rank, *start = key.split(':')"
+    "horovod/runner/elastic/rendezvous.py|return self._get_rank_and_size(host, int(local_rank))|return self._get_rank_and_size(host, int(local_rank)) if driver.runs(host, int(local_rank), *start) else b'-1,-1,-1,-1,-1,-1'"
 )
 
 python=${1:?usage: launch/build_horovod.sh PYTHON}
@@ -75,7 +91,8 @@ echo "$sdist_sha256  $sdist" | sha256sum --check --quiet >&2 || fail "the source
 tar -xzf "$sdist" -C "$work"
 source=$work/horovod-$version
 for fix in "${fixes[@]}"; do
-    IFS=: read -r file text new <<<"$fix"
+    IFS='|' read -r -d '' file text new <<<"$fix" || true
+    new=${new%$'\n'}    # the here-string's own
     content=$(<"$source/$file")
     [[ $content == *"$text"* ]] || fail "$file of Horovod does not hold the text to be changed: $text"
     printf '%s\n' "${content//"$text"/"$new"}" >"$source/$file"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -83,21 +84,30 @@ class Job:
     def workers(self) -> dict[str, int]:
         """Process ids of the workers, by host."""
         found = {}
-        for process in (p for p in os.listdir("/proc") if p.isdigit()):
+        for process in (int(p) for p in os.listdir("/proc") if p.isdigit()):
             try:
                 words = Path(f"/proc/{process}/cmdline").read_text().split("\0")
-                environment = Path(f"/proc/{process}/environ").read_text().split("\0")
+                host = environment_of(process).get("HOROVOD_HOSTNAME")
             except OSError:
                 continue
-            host = next((word.split("=")[1] for word in environment if word.startswith("HOROVOD_HOSTNAME=")), None)
             if host and words[0].endswith("python") and "-m" in words and f"run_dir={self.run}" in words:
-                found[host] = int(process)
+                found[host] = process
         return found
 
     def end(self) -> None:
         if self.process.poll() is None:
             self.process.terminate()
-            self.process.wait(90)
+            try:
+                self.process.wait(90)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+                raise
+
+
+def environment_of(process: int) -> dict[str, str]:
+    words = Path(f"/proc/{process}/environ").read_text().split("\0")
+    return dict(word.split("=", 1) for word in words if "=" in word)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +156,7 @@ def test_workers_are_killed_leave_hang_and_join(
 ) -> None:
     job, names = three_names
     job.wait_for("three workers train", lambda: job.size() == 3 and len(job.records()) > STEPS)
+    lost = environment_of(job.workers()[names[0]])
     for number, (fault, host) in enumerate(
         [(signal.SIGKILL, names[0]), (signal.SIGTERM, names[1]), (signal.SIGSTOP, names[2])], 1
     ):
@@ -155,6 +166,10 @@ def test_workers_are_killed_leave_hang_and_join(
         job.wait_for("the third comes back", lambda: job.size() == 3)
         job.steps_more(2)
         assert len([r for r in job.records("reset") if r["elastic_resets"].get("worker_lost")]) >= number
+    # A worker that was given up and comes back, as from a network that was cut, is not let in beside its successor.
+    server = f"http://{lost['HOROVOD_GLOO_RENDEZVOUS_ADDR']}:{lost['HOROVOD_GLOO_RENDEZVOUS_PORT']}"
+    asked = f"{server}/rank_and_size/{names[0]}:0:{lost['HOROVOD_START']}"
+    assert urllib.request.urlopen(asked, timeout=20).read() == b"-1,-1,-1,-1,-1,-1"
     assert re.search(r"error: rank \d has stood still for 6 s: killed", job.text())
     job.set_hosts(names[:2])
     job.wait_for("two go on without a host that left", lambda: job.size() == 2)
