@@ -98,8 +98,8 @@ def test_a_signal_at_any_moment(
 ) -> None:
     """The run ends as it should, leaves a whole checkpoint, and goes on to the very bits of an undisturbed one."""
     path = folder / f"{workers}-{fault}-{moment.replace(' ', '-')}"
-    settings = (f"run_dir={path}", "resume=auto", "hang_seconds=6")
-    code, output = run(folder, workers, fault, moment, rank, *settings)
+    settings = (f"run_dir={path}", "resume=auto")
+    code, output = run(folder, workers, fault, moment, rank, *settings, "hang_seconds=6")
     assert ">:Traceback" not in output, output
     if fault in ("SIGTERM", "SIGINT"):
         saved = re.search(r"stopped: saved after step (\d+); go on with run_dir=\S+ resume=auto", output)
@@ -143,7 +143,7 @@ def test_weights_that_diverge_end_the_run_and_name_the_rank(folder: Path) -> Non
 
 def test_a_worker_with_one_batch_fewer_is_named_and_ends_the_run(folder: Path) -> None:
     path = folder / "fewer"
-    code, output = run(folder, 2, "one_batch_fewer", "start", 1, f"run_dir={path}", "hang_seconds=4")
+    code, output = run(folder, 2, "one_batch_fewer", "start", 1, f"run_dir={path}", "hang_seconds=10")
     assert code != 0
     assert re.search(r"Missing ranks:\n\[0\]<stderr>:[01]!?: \[\w*allreduce", output), output
     assert re.search(r"error: rank 0: another worker is gone, or waits .* in step 5: go on", output)
