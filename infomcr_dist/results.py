@@ -144,10 +144,9 @@ def seeds_needed(deviation: float, effect: float, most: int = 1000) -> int | Non
     for pairs in range(2, most + 1):
         if deviation == 0:
             return pairs
-        quantile = stats.t.ppf(0.975, pairs - 1)
-        center = abs(effect) / deviation * math.sqrt(pairs)
-        power = stats.nct.sf(quantile, pairs - 1, center) + stats.nct.cdf(-quantile, pairs - 1, center)
-        if power >= 0.8:
+        # t² has the F distribution; scipy's noncentral t is not a number in the tail of the wrong sign.
+        critical = stats.f.ppf(0.95, 1, pairs - 1)
+        if stats.ncf.sf(critical, 1, pairs - 1, pairs * (effect / deviation) ** 2) >= 0.8:
             return pairs
     return None
 
