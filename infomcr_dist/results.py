@@ -11,8 +11,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -269,6 +271,9 @@ def draw_bars(results: Results, columns: Sequence[str], title: str, test: str) -
     figure = Figure(figsize=(4.2 * len(columns), 3.6), layout="constrained")
     *_, last = results.axes
     labels, groups = results.axes[last], list(product(*list(results.axes.values())[:-1]))
+    colors: list[Any] = [f"C{j}" for j in range(len(labels))]
+    if len(labels) > 10:  # matplotlib's own ten would begin anew
+        colors = list(colormaps["viridis"](np.linspace(0, 1, len(labels))))
     for axes, name in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
         values = results.of(name)
         shape = (len(groups), len(labels))
@@ -277,7 +282,7 @@ def draw_bars(results: Results, columns: Sequence[str], title: str, test: str) -
         width = 0.8 / len(labels)
         for j, label in enumerate(labels):
             places = np.arange(len(groups)) + (j - (len(labels) - 1) / 2) * width
-            axes.bar(places, means[:, j], width, yerr=spreads[:, j], capsize=3, label=label, color=f"C{j}")
+            axes.bar(places, means[:, j], width, yerr=spreads[:, j], capsize=3, label=label, color=colors[j])
         axes.set_xticks(range(len(groups)), ["\n".join(group) for group in groups])
         axes.set_ylabel(COLUMNS[name].title.replace("test", test))
         _zoom(axes, means, spreads)
