@@ -610,6 +610,7 @@ def report(runs: list[StudyRun], settings: StudySettings, command: str) -> str:
     seeds = [[run.config.seed for run in runs[i : i + n]] for i in range(0, len(runs), n)]
     table = results.runs_csv(found, seeds, [states[i : i + n] for i in range(0, len(runs), n)])
     output = Path(settings.output or "")
+    output.mkdir(parents=True, exist_ok=True)  # where the runs are another study's, nothing has made it yet
     for name, content in (("table.md", text), ("table.csv", results.to_csv(found)), ("runs.csv", table)):
         _write(output / name, content)
     if np.isfinite(found.values).any():

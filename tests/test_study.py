@@ -169,6 +169,12 @@ def test_a_study_that_is_done_makes_nothing(made: Path, copy: Path) -> None:
     assert (copy.parent / "out" / "table.csv").read_bytes() == (made / "out" / "table.csv").read_bytes()
 
 
+def test_a_study_of_another_ones_runs_makes_its_own_directory(copy: Path) -> None:
+    mine = copy.parent / "mine"
+    assert main([str(copy), f"runs={copy.parent / 'out' / 'runs'}", f"output={mine}"]) == 0
+    assert (mine / "table.csv").read_bytes() == (copy.parent / "out" / "table.csv").read_bytes()
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_ended_in_the_midst_and_repeated_is_as_never_ended(made: Path, copy: Path, number: signal.Signals) -> None:
     run = copy.parent / "out" / "runs" / "fast_seed-1"
