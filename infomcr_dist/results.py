@@ -299,7 +299,9 @@ def _band(axes: Axes, values: Floats, color: str) -> None:
 
 
 def _zoom(axes: Axes, means: Floats, spreads: Floats) -> None:
-    """Begin the axis where the differences show; bars of differing signs and single bars begin at 0."""
+    """Begin the axis where the differences show; bars of differing signs, single bars and single runs begin at 0."""
+    if not spreads.any():
+        return
     low, high = np.nanmin(means - spreads), np.nanmax(means + spreads)
     if not np.isfinite([low, high]).all() or low == high or low * high <= 0:
         return
