@@ -261,6 +261,7 @@ def draw_metrics(results: Results, title: str, test: str) -> Figure:
         lower.set_ylabel(f"{test} error, %")
         if name != "gamma_hat":  # it is a logarithm already
             lower.set_xscale("log")
+            lower.tick_params(axis="x", which="minor", labelsize=6, labelrotation=90)  # named within a decade alone
     figure.legend(*panels[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(labels))
     figure.suptitle(title)
     return figure
