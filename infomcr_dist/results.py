@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -202,20 +202,22 @@ def choice(results: Results, axis: str, test: str) -> str:
 
 
 def correlations(results: Results, test: str) -> str:
-    """Kendall's τ of each metric, and of the training loss, with the test error: of the cells' means, and of all runs,
-    with a 95 % interval from drawing the seeds of each cell anew."""
+    """Kendall's τ of each metric, and of the training loss, with the test error: of the cells' means, of all runs, and
+    of all runs with the training loss held fixed, the last two with a 95 % interval from drawing the seeds of each cell
+    anew."""
     rows = []
     error = results.of("test_error")
+    loss = results.of("train_loss") if "train_loss" in results.columns else None
     for name in (n for n in (*METRICS, "train_loss") if n in results.columns):
         metric = results.of(name)
-        means = [[mean(row) for row in values] for values in (metric, error)]
-        low, high = _bootstrap(metric, error)
-        tau = kendall(metric.ravel(), error.ravel())
-        interval = "" if math.isnan(low) else f" ({low:+.2f} … {high:+.2f})"
-        of_means = kendall(*map(np.array, means))
-        rows.append([COLUMNS[name].title, f"{of_means:+.2f}", f"{tau:+.2f}{interval}"])
+        means = [np.array([mean(row) for row in values]) for values in (metric, error)]
+        row = [COLUMNS[name].title, f"{kendall(*means):+.2f}", _with_interval(kendall, metric, error)]
+        if loss is not None:
+            row.append("" if name == "train_loss" else _with_interval(partial_kendall, metric, error, loss))
+        rows.append(row)
+    titles = ["", "of the means", "of all runs", *([] if loss is None else ["of all runs, training loss held fixed"])]
     text = f"Kendall's τ with the {test} error (1: same order; 95 % interval by bootstrap over the seeds)\n\n"
-    return text + _table(["", "of the means", "of all runs"], rows)
+    return text + _table(titles, rows)
 
 
 def kendall(left: Floats, right: Floats) -> float:
@@ -224,16 +226,29 @@ def kendall(left: Floats, right: Floats) -> float:
     return float(stats.kendalltau(left[there], right[there]).statistic) if there.sum() > 1 else math.nan
 
 
-def _bootstrap(metric: Floats, error: Floats) -> tuple[float, float]:
-    cells, seeds = metric.shape
+def partial_kendall(left: Floats, right: Floats, fixed: Floats) -> float:
+    """Kendall's partial τ of ``left`` and ``right``, what either shares with the order of ``fixed`` taken out (Kendall,
+    Biometrika 32, 1942); NaN where one of them has the order of ``fixed``."""
+    there = np.isfinite(left) & np.isfinite(right) & np.isfinite(fixed)
+    left, right, fixed = left[there], right[there], fixed[there]
+    of_left, of_right = kendall(left, fixed), kendall(right, fixed)
+    scale = (1 - of_left**2) * (1 - of_right**2)
+    return (kendall(left, right) - of_left * of_right) / math.sqrt(scale) if scale > 1e-9 else math.nan
+
+
+def _with_interval(statistic: Callable[..., float], *columns: Floats) -> str:
+    """Of all runs, (cells, seeds) a column, with a 95 % interval by bootstrap over the seeds."""
+    value = statistic(*(column.ravel() for column in columns))
+    if math.isnan(value):
+        return "–"
+    cells, seeds = columns[0].shape
     if seeds < 2:
-        return math.nan, math.nan
+        return f"{value:+.2f}"
     draws = np.random.default_rng(0).integers(seeds, size=(_RESAMPLES, cells, seeds))
     rows = np.arange(cells)[:, None]
-    taus = np.array([kendall(metric[rows, draw].ravel(), error[rows, draw].ravel()) for draw in draws])
-    taus = taus[np.isfinite(taus)]
-    low, high = np.quantile(taus, [0.025, 0.975]) if len(taus) else (math.nan, math.nan)
-    return float(low), float(high)
+    found = np.array([statistic(*(column[rows, draw].ravel() for column in columns)) for draw in draws])
+    low, high = np.quantile(found[np.isfinite(found)], [0.025, 0.975])
+    return f"{value:+.2f} ({low:+.2f} … {high:+.2f})"
 
 
 def draw_metrics(results: Results, title: str, test: str) -> Figure:

@@ -344,15 +344,31 @@ def test_kendall_counts_pairs() -> None:
     assert results.kendall(left, np.append(right[:29], np.nan)) == pytest.approx(results.kendall(left[:29], right[:29]))
 
 
+def test_partial_kendall_is_the_partial_correlation_of_the_pairs_orders() -> None:
+    random = np.random.default_rng(2)
+    fixed = random.normal(size=25)
+    left, right = fixed + random.normal(size=(2, 25))
+    signs = [np.sign(np.subtract.outer(values, values)).ravel() for values in (left, right, fixed)]
+    rest = [s - signs[2] * (s @ signs[2]) / (signs[2] @ signs[2]) for s in signs[:2]]  # less regression
+    expected = np.corrcoef(*rest)[0, 1]
+    assert results.partial_kendall(left, right, fixed) == pytest.approx(expected)
+    missing = [np.append(values, nan) for values, nan in ((left, 1.0), (right, np.nan), (fixed, 1.0))]
+    assert results.partial_kendall(*missing) == pytest.approx(expected)
+    assert math.isnan(results.partial_kendall(left, right, np.exp(left)))
+    assert math.isnan(results.partial_kendall(left, right, np.zeros(25)))
+
+
 def test_correlations_and_choice() -> None:
     error = [[0.1, 0.12], [0.2, 0.21], [0.3, 0.32]]
     metric = {"gamma_hat": [[1.0, 1.5], [2.0, 2.5], [3.0, 3.5]], "robustness": [[3.0, 3.2], [2.0, 2.2], [1.0, 1.2]]}
     metric["train_loss"] = metric["gamma_hat"]
     found = results_of(error, **metric)
     text = results.correlations(found, "test")
-    assert "| γ̂ | +1.00 | +1.00 (+1.00 … +1.00) |" in text
-    assert "| train loss | +1.00 | +1.00 (+1.00 … +1.00) |" in text
+    assert "| γ̂ | +1.00 | +1.00 (+1.00 … +1.00) | – |" in text  # it has the order of the loss
+    assert "| train loss | +1.00 | +1.00 (+1.00 … +1.00) |  |" in text
     assert "| robustness | -1.00 | -0.60 (" in text  # 12 of 15 pairs the other way
+    del metric["train_loss"]
+    assert "| γ̂ | +1.00 | +1.00 (+1.00 … +1.00) |\n" in results.correlations(results_of(error, **metric), "test")
     assert results.choice(found, "cell", "validation") == (
         "chosen: cell c0, by the lowest mean validation error (11.00 %)"
     )
