@@ -134,7 +134,8 @@ def robustness(model: nn.Module, images: Tensor, steps: int = 20) -> Tensor:
             for earlier in basis * 2:  # once leaves rounding that grows
                 image = image - (image * earlier).sum(1, keepdim=True) * earlier
             length = image.norm(dim=1, keepdim=True)
-            ended = length <= 1e-12 * tridiagonal[:, 0, :1]  # nothing but rounding lies outside the basis
+            # Nothing but rounding lies outside the basis; of a vanishing derivative it is all, and has either sign.
+            ended = length <= 1e-12 * tridiagonal[:, 0, :1].abs()
             length = length.masked_fill(ended, 0.0)
             tridiagonal[:, i, i + 1] = tridiagonal[:, i + 1, i] = length[:, 0]
             basis.append(torch.where(ended, 0.0, image / length))
