@@ -135,6 +135,20 @@ def test_robustness_of_a_constant_is_zero() -> None:
     assert torch.equal(robustness(model, torch.randn(2, 5)), torch.zeros(2, dtype=torch.float64))
 
 
+def test_robustness_of_saturated_outputs_is_that_of_float64() -> None:
+    """Where the winning logit leads by 70 to 115, J J^T in float32 is rounding, of either sign, or nothing at all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 32, bias=False), nn.ReLU(), nn.Linear(32, 6, bias=False))
+    images = torch.randn(400, 5)
+    best = model(images).detach().topk(2).values
+    images *= (torch.linspace(70, 115, 400) / (best[:, 0] - best[:, 1]))[:, None]
+    got = robustness(model, images)
+    # Of J^2 it is twice the rounding of the logits, which are sums of float32; below 1e-35, J itself underflows.
+    tolerance = 2 * 4 * torch.finfo(torch.float32).eps * float(model(images).detach().abs().max())
+    expected = robustness(model.double(), images.double())
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=1e-70)
+
+
 def test_the_bound_term_by_term() -> None:
     got = generalization_bound(
         gamma=-40.0, train_loss=0.3, minimum_loss=0.1, parameters=20, samples=1000, log_volume=-30.0, delta=0.1
