@@ -6,9 +6,9 @@
 The grid is what varies × seeds. Runs what is missing, goes on with what was interrupted, marks what failed and goes on
 with the rest; then writes into the output directory table.md (means ± standard deviations, and the statistics),
 table.csv, runs.csv, figure.png and figure.svg. ``plan=true`` prints the runs and how long they will take, and runs
-none. ``run=K`` makes the K-th of them alone, so that the tasks of a cluster's job array make one each; the study
-without it then only collects. Exit code 0: all runs are there; 1: some failed; 75: stopped, repeat to go on; 2: a
-mistake in the study, named in one line.
+none. ``run=K`` makes the K-th of them alone, so that the tasks of a cluster's job array make one each; the last of them
+writes the table. Exit code 0: all runs are there; 1: some failed; 75: stopped, repeat to go on; 2: a mistake in the
+study, named in one line.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class StudySettings:
     plan: bool = False
     """Print the runs and the estimate of their time; run none."""
     run: int | None = None
-    """Make this run alone, by its number in the plan, and no table."""
+    """Make this run alone, by its number in the plan, and the table if it was the last that was missing."""
 
     def __post_init__(self) -> None:
         for name in ("seeds", "parallel", "workers"):
@@ -647,10 +647,8 @@ def plan_text(runs: list[StudyRun], settings: StudySettings, path: Path, argumen
     given = shlex.join([str(path), *(a for a in arguments if not a.startswith("plan="))])
     study, last = f"python -m infomcr_dist.study {given}", len(runs) - 1
     lines.append(f"as a Slurm array: sbatch --array=0-{last} --wrap='{study} run=$SLURM_ARRAY_TASK_ID'")
-    lines.append(
-        f"as a Kubernetes Job: completionMode: Indexed, completions: {len(runs)}, {study} run=$(JOB_COMPLETION_INDEX)"
-    )
-    lines.append(f"then the table: {study}")
+    lines.append(f"as a Kubernetes Job: k8s/study, with completions: {len(runs)} and these arguments")
+    lines.append("the last run of such an array writes the table; with runs that failed, repeat without run=")
     return "\n".join(lines)
 
 
@@ -681,8 +679,8 @@ def main(arguments: list[str]) -> int:
         began = time.perf_counter()
         left = [run for run in selected if state_of(run) != "done"]
         stopped = bool(left) and make_all(selected, works(selected, settings), settings)
-        if settings.run is None:
-            command = "python -m infomcr_dist.study " + shlex.join(arguments)
+        if settings.run is None or all(state_of(run) == "done" for run in runs):
+            command = "python -m infomcr_dist.study " + shlex.join(a for a in arguments if not a.startswith("run="))
             print("\n" + report(runs, settings, command))
             print(f"written: table.md, table.csv, runs.csv, figure.png, figure.svg in {settings.output}")
         took = f"{len(left)} runs in {_time(time.perf_counter() - began)}"

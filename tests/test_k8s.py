@@ -29,12 +29,13 @@ from benchmarks import hosts as network
 from infomcr_dist.config import Config, TelemetrySettings
 from infomcr_dist.measure import MeasureSettings
 from infomcr_dist.options import load_config
+from infomcr_dist.study import expand, load_study
 from pipelines import cli
 from pipelines.prepare import Options
 
 K8S = ROOT / "k8s"
 OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
-RENDERED = [f"overlays/{name}" for name in OVERLAYS] + ["prepare", "measure"]
+RENDERED = [f"overlays/{name}" for name in OVERLAYS] + ["prepare", "measure", "study"]
 VERSIONS = ("1.28", "1.31", "1.34", "1.37")
 OWN_SCHEMAS = {
     kind: yaml.safe_load((K8S / "schemas" / f"{kind.lower()}.yaml").read_text())
@@ -333,6 +334,20 @@ def test_data_preparation_and_measurement_are_ours(tmp_path: Path) -> None:
     assert settings.output.startswith("/runs/")
 
 
+def test_the_study_has_an_index_a_run() -> None:
+    job, (name, _, container) = only("study", "Job")["spec"], *containers("study")
+    assert name == "study/study"
+    line = command_line(container)
+    assert line[:3] == ["python", "-m", "infomcr_dist.study"]
+    assert line[-1] == "run=$(JOB_COMPLETION_INDEX)", "what the Job's controller sets"
+    runs = expand(load_study(ROOT / line[3], line[4:-1]))
+    assert (job["completionMode"], job["completions"]) == ("Indexed", len(runs))
+    for run in runs:
+        assert run.directory.is_relative_to("/runs")
+        assert run.config.data.path.startswith("/shards/")
+        assert run.config.threads + run.config.data.threads <= int(container["resources"]["limits"]["cpu"])
+
+
 # The real thing.
 
 
@@ -550,7 +565,7 @@ def test_mpirun_starts_the_ranks_too(tmp_path: Path, small_data: Path) -> None:
 
 @pytest.mark.ops
 @pytest.mark.skipif(network.missing() is not None, reason=str(network.missing()))
-def test_the_jobs_prepare_and_measure(tmp_path: Path) -> None:
+def test_the_jobs_prepare_measure_and_study(tmp_path: Path) -> None:
     volumes = {name: tmp_path / name for name in ("shards", "runs")}
     for path in volumes.values():
         path.mkdir()
@@ -567,11 +582,23 @@ def test_the_jobs_prepare_and_measure(tmp_path: Path) -> None:
         *("-m", "infomcr_dist.train", "epochs=1", "schedule.milestones=[]", "model=cnn", "metric.trials=0"),
         *("data.path=/shards/imagenet128", "run_dir=/runs/demo", "threads=1"),
     ]
+    small = {  # of its 30 runs, the last; the controller puts the index in
+        "base.data.path=/shards/cifar10": "base.data.path=/shards/imagenet128",
+        "run=$(JOB_COMPLETION_INDEX)": "run=29",
+    }
+    study = copy.deepcopy(templates("study")["study"])
+    arguments = study["spec"]["containers"][0]["args"]
+    study["spec"]["containers"][0]["args"] = [
+        *(small.get(argument, argument) for argument in arguments),
+        *("base.model=cnn", "base.epochs=1", "base.data.train_images=100", "base.data.backend=torch"),
+        *("grid.confusion.5000.data.confusion_images=28", "measure.trials=2", "measure.samples=10"),
+    ]
     with network.namespaces(1) as (host,):
-        for number, template in enumerate([templates("prepare")["prepare"], training, measure]):
+        for number, template in enumerate([templates("prepare")["prepare"], training, measure, study]):
             container = Container(
                 template, host, "job", folder=tmp_path / str(number), volumes=volumes, names="", environment={}
             )
             assert container.process.wait(240) == 0, container.text()
     assert json.loads((volumes["runs"] / "measure.json").read_text())
     assert (volumes["runs"] / "measure.png").stat().st_uid == 1000
+    assert json.loads((volumes["runs"] / "scenario_1" / "runs" / "5000_seed-4" / "measure.json").read_text())

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,13 +89,25 @@ def test_every_study_plans(path: Path, scaled: str, tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize("scaled", ["true", "false"])
-def test_table_3_shares_the_runs_of_table_1(scaled: str) -> None:
-    first, third = (expand(load_study(ROOT / "launch" / "studies" / f"table_{n}.yaml", [f"scaled={scaled}"]))
-                    for n in (1, 3))  # fmt: skip
-    known = {run.directory: run for run in first}
-    for run in third:
-        assert run.config == known[run.directory].config
-        assert run.measure == known[run.directory].measure
+@pytest.mark.parametrize("study", ["table_3", "batch_norm"])
+def test_studies_share_the_runs_of_table_1(study: str, scaled: str) -> None:
+    table_1, other = (expand(load_study(ROOT / "launch" / "studies" / f"{name}.yaml", [f"scaled={scaled}"]))
+                      for name in ("table_1", study))  # fmt: skip
+    known = {run.directory: run for run in table_1}
+    for run in other:
+        if run.cell[-1] != "beta-0":
+            assert run.config == known[run.directory].config
+            assert run.measure == known[run.directory].measure
+
+
+def test_the_control_differs_from_the_regularized_runs_in_beta_alone() -> None:
+    runs = expand(load_study(ROOT / "launch" / "studies" / "batch_norm.yaml", ["scaled=true"]))
+    beta_0, regularized = ([run.config for run in runs if run.cell[-1] == label] for label in ("beta-0", "+reg"))
+    for control, config in zip(beta_0, regularized, strict=True):
+        assert control.regularizer.beta == 0
+        assert control == replace(
+            config, run_dir=control.run_dir, regularizer=replace(config.regularizer, beta=control.regularizer.beta)
+        )
 
 
 def test_the_grid_is_expanded_with_paired_or_with_fresh_seeds(tmp_path: Path, small_data: Path) -> None:
@@ -168,6 +181,18 @@ def test_a_study_that_is_done_makes_nothing(made: Path, copy: Path) -> None:
     assert main([str(copy)]) == 0
     assert {path: path.stat().st_mtime_ns for path in copy.parent.glob("out/runs/*/*")} == before
     assert (copy.parent / "out" / "table.csv").read_bytes() == (made / "out" / "table.csv").read_bytes()
+
+
+def test_the_last_task_of_an_array_writes_the_table(made: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = copy.parent / "out"
+    for name in ("runs/fast_seed-0/measure.json", "table.csv", "table.md"):
+        (out / name).unlink()
+    assert main([str(copy), "run=0"]) == 0
+    assert not (out / "table.csv").exists()
+    assert main([str(copy), "run=2"]) == 0
+    assert (out / "table.csv").read_bytes() == (made / "out" / "table.csv").read_bytes()
+    assert f"`python -m infomcr_dist.study {copy}`" in (out / "table.md").read_text()
+    assert "written: table.md" in capsys.readouterr().out
 
 
 def test_a_study_of_another_ones_runs_makes_its_own_directory(copy: Path) -> None:
