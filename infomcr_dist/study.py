@@ -33,6 +33,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal
 
 import numpy as np
@@ -96,7 +97,7 @@ class StudySettings:
     scaled: bool = False
     """Take the sizes of the file's section ``scaled``."""
     parallel: int = 1
-    """Runs at a time."""
+    """Runs at a time, on a machine with GPUs each on GPUs of its own, as far as there are enough."""
     workers: int = 1
     """Workers a run, under horovodrun on this machine; 1: without it."""
     plan: bool = False
@@ -403,8 +404,9 @@ class Processes:
         self._lock = threading.RLock()  # a signal may come while the main thread stops them
         self._running: set[subprocess.Popen[bytes]] = set()
 
-    def call(self, command: list[str], log: Path, held: int) -> int:
-        """Run a command, what it prints appended to ``log``; its exit code. It keeps the file ``held`` open.
+    def call(self, command: list[str], log: Path, held: int, gpus: str | None) -> int:
+        """Run a command, what it prints appended to ``log``; its exit code. It keeps the file ``held`` open, and sees
+        the ``gpus`` alone.
 
         Its output is a pipe to here: a training whose reader was killed notices, saves and ends.
         """
@@ -418,6 +420,7 @@ class Processes:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 pass_fds=(held,),
+                env=None if gpus is None else os.environ | {"CUDA_VISIBLE_DEVICES": gpus},
             )
             self._running.add(process)
         assert process.stdout is not None
@@ -436,7 +439,9 @@ class Processes:
                 process.terminate()
 
 
-def make(run: StudyRun, settings: StudySettings, processes: Processes, say: Callable[[str], None]) -> None:
+def make(
+    run: StudyRun, settings: StudySettings, processes: Processes, say: Callable[[str], None], gpus: str | None
+) -> None:
     """Train and measure a run as far as it is not; where that fails, leave the reason in its directory."""
     run.directory.mkdir(parents=True, exist_ok=True)
     with _alone(run, processes, say) as held:
@@ -447,19 +452,25 @@ def make(run: StudyRun, settings: StudySettings, processes: Processes, say: Call
         write_atomically(recipe, lambda file: file.write(to_yaml(run.config).encode()))
         if not trained(run):
             arguments = [sys.executable, "-m", "infomcr_dist.train", str(recipe)]
-            _call(run, "train", arguments, settings, processes, held)
+            _call(run, "train", arguments, settings, processes, held, gpus)
         if not measured(run) and trained(run):
             assert run.measure is not None
             given = [f"{name}={'null' if value is None else value}" for name, value in asdict(run.measure).items()]
             arguments = [sys.executable, "-m", "infomcr_dist.measure", str(run.directory), *given]
-            _call(run, "measure", arguments, settings, processes, held)
+            _call(run, "measure", arguments, settings, processes, held, gpus)
 
 
 def _call(
-    run: StudyRun, kind: str, command: list[str], settings: StudySettings, processes: Processes, held: int
+    run: StudyRun,
+    kind: str,
+    command: list[str],
+    settings: StudySettings,
+    processes: Processes,
+    held: int,
+    gpus: str | None,
 ) -> None:
     log = run.directory / f"{kind}.log"
-    code = processes.call([*_launcher(settings.workers), *command], log, held)
+    code = processes.call([*_launcher(settings.workers), *command], log, held, gpus)
     if code not in (0, _STOPPED) and not processes.stopping:
         reason = f"{kind} ended with {code}: {_last_words(log)}"
         write_atomically(run.directory / "failure.txt", lambda file: file.write(reason.encode()))
@@ -505,6 +516,18 @@ def _alone(run: StudyRun, processes: Processes, say: Callable[[str], None]) -> I
         os.close(descriptor)
 
 
+def gpus_of(settings: StudySettings) -> list[str | None]:
+    """What each of the runs at a time gets as CUDA_VISIBLE_DEVICES: as many GPUs as it has workers, dealt out in turn;
+    None on a machine without."""
+    count, given = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if count == 0:
+        return [None] * settings.parallel
+    names = given.split(",") if given else [str(number) for number in range(count)]
+    dealt = [names[number % count] for number in range(settings.parallel * settings.workers)]
+    shares = [dealt[i : i + settings.workers] for i in range(0, len(dealt), settings.workers)]
+    return [",".join(dict.fromkeys(share)) for share in shares]  # a name that comes twice ends CUDA's reading
+
+
 def make_all(runs: list[StudyRun], estimates: list[Work], settings: StudySettings) -> bool:
     """Make what is not done, so many at a time, with a bar over all of the study; whether it was stopped."""
     processes = Processes()
@@ -520,6 +543,9 @@ def make_all(runs: list[StudyRun], estimates: list[Work], settings: StudySetting
         bar_format="{percentage:3.0f}%|{bar:20}|{postfix} [{elapsed}<{remaining}]",
     )
 
+    free: SimpleQueue[str | None] = SimpleQueue()
+    for gpus in gpus_of(settings):
+        free.put(gpus)
     every = 1 if sys.stdout.isatty() else 30  # seconds
 
     def say(text: str) -> None:
@@ -532,7 +558,11 @@ def make_all(runs: list[StudyRun], estimates: list[Work], settings: StudySetting
         state = state_of(run)
         say(f"{run.name}: {'goes on' if state in ('interrupted', 'trained') else 'begins'}")
         began = time.perf_counter()
-        make(run, settings, processes, say)
+        gpus = free.get()  # there are as many as there are tasks at a time
+        try:
+            make(run, settings, processes, say, gpus)
+        finally:
+            free.put(gpus)
         if not processes.stopping:
             state = state_of(run)
             say(f"{run.name}: {state}" + (f" in {_time(time.perf_counter() - began)}" if state == "done" else ""))

@@ -20,7 +20,7 @@ from PIL import Image
 
 from infomcr_dist import results
 from infomcr_dist.results import Results
-from infomcr_dist.study import Work, expand, load_study, main, state_of, works
+from infomcr_dist.study import Processes, Work, expand, gpus_of, load_study, main, state_of, works
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted((ROOT / "launch" / "studies").glob("*.yaml"))
@@ -181,6 +181,39 @@ def test_a_study_that_is_done_makes_nothing(made: Path, copy: Path) -> None:
     assert main([str(copy)]) == 0
     assert {path: path.stat().st_mtime_ns for path in copy.parent.glob("out/runs/*/*")} == before
     assert (copy.parent / "out" / "table.csv").read_bytes() == (made / "out" / "table.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("found", "given", "shape", "expected"),
+    [
+        (0, None, (2, 1), [None, None]),
+        (4, None, (3, 1), ["0", "1", "2"]),
+        (4, None, (2, 2), ["0,1", "2,3"]),
+        (2, "5,GPU-7", (3, 1), ["5", "GPU-7", "5"]),
+        (3, None, (2, 2), ["0,1", "2,0"]),
+        (1, None, (1, 8), ["0"]),
+    ],
+)
+def test_runs_at_a_time_have_gpus_of_their_own(
+    found: int,
+    given: str | None,
+    shape: tuple[int, int],
+    expected: list[str | None],
+    made: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: found)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given or "")
+    settings = load_study(made / "study.yaml", [f"parallel={shape[0]}", f"workers={shape[1]}"])
+    assert gpus_of(settings) == expected
+
+
+def test_a_run_sees_its_gpus_alone(tmp_path: Path) -> None:
+    seen = [sys.executable, "-c", "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'))"]
+    with (tmp_path / "lock").open("w") as lock:
+        for gpus in ("2,3", None):
+            assert Processes().call(seen, tmp_path / "log", lock.fileno(), gpus) == 0
+    assert (tmp_path / "log").read_text().split() == ["2,3", str(os.environ.get("CUDA_VISIBLE_DEVICES"))]
 
 
 def test_the_last_task_of_an_array_writes_the_table(made: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
