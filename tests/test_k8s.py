@@ -27,9 +27,9 @@ from pods import HOME, Container
 
 from benchmarks import hosts as network
 from infomcr_dist.config import Config, TelemetrySettings
+from infomcr_dist.grid import expand, load_study
 from infomcr_dist.measure import MeasureSettings
 from infomcr_dist.options import load_config
-from infomcr_dist.study import expand, load_study
 from pipelines import cli
 from pipelines.prepare import Options
 

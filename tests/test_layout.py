@@ -23,6 +23,8 @@ MAY_IMPORT = {
     "telemetry": {"checkpoint", "config"},
     "evaluate": {"config", "fisher", "functional", "world"},
     "run": {"budget", "checkpoint", "config", "models", "options", "schedules", "telemetry", "world"},
+    "grid": {"checkpoint", "config", "options", "results"},
+    "jobs": {"checkpoint", "config", "grid", "models", "options", "run", "world"},
     "__init__": {"regularizer"},
 }
 COMMANDS = {"train", "measure", "study", "report", "doctor"}

@@ -19,8 +19,10 @@ import pytest
 from PIL import Image
 
 from infomcr_dist import results
+from infomcr_dist.grid import expand, load_study, state_of
+from infomcr_dist.jobs import Processes, Work, gpus_of, works
 from infomcr_dist.results import Results
-from infomcr_dist.study import Processes, Work, expand, gpus_of, load_study, main, state_of, works
+from infomcr_dist.study import main
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted((ROOT / "launch" / "studies").glob("*.yaml"))
