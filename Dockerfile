@@ -1,49 +1,54 @@
-# The trainer in /opt/infomcr_dist, its packages in /opt/venv, the demo's images, an sshd for workers; user trainer, 1000.
+# The command infomcr and its packages in /opt/venv, launch/ and the demo's images in /opt/infomcr_dist, an sshd for
+# workers; user trainer, 1000.
 #
 #   docker build -t infomcr_dist --secret id=pip.conf,src=pip.conf .
 #   docker build -t infomcr_dist --build-arg DEVICE=cuda --build-arg BUILD_BASE=nvidia/cuda:13.0.2-devel-ubuntu24.04 \
 #       --build-arg BASE=nvidia/cuda:13.0.2-base-ubuntu24.04 .
 #
-# DEVICE is the kind of torch that pip has to find: an index's own is for CUDA; a pip.conf, which stays out of the image,
-# tells pip where a CPU build is. The bases are of one release of Debian or Ubuntu, with Python 3.11 or later; for CUDA
-# the one to build on has nvcc and NCCL's headers, of the CUDA version of torch.
+# DEVICE is the build of torch that pip has to find: the default index has the one for CUDA; pip.conf, which stays out of
+# the image, gives the place of a CPU build. The bases are of one release of Debian or Ubuntu, with Python 3.11 or later;
+# for CUDA, BUILD_BASE has nvcc and NCCL's headers, of torch's CUDA version.
 ARG BASE=debian:bookworm-slim
 ARG BUILD_BASE=$BASE
 
-# Torch, and Horovod built against it: minutes, and again only where these files change.
+# Torch, and Horovod built against it: minutes, and repeated only when these files change.
 FROM $BUILD_BASE AS horovod
 ARG DEVICE=cpu
 ENV DEBIAN_FRONTEND=noninteractive PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends g++ make python3-dev python3-venv \
+    && apt-get install -y --no-install-recommends g++ make patch python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /build
-COPY constraints.txt launch/build_horovod.sh ./
+COPY constraints.txt ./
+COPY launch/build_horovod.sh launch/
+COPY launch/horovod launch/horovod
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     python3 -m venv /opt/venv \
     && /opt/venv/bin/pip install --constraint constraints.txt setuptools wheel cmake numpy torch \
     && /opt/venv/bin/python -c 'import sys, torch; found = "cuda" if torch.version.cuda else "cpu"; \
         sys.exit(found != sys.argv[1] and f"DEVICE={sys.argv[1]}, but pip found a {found} build of torch: name another place in pip.conf")' "$DEVICE" \
-    && XDG_CACHE_HOME=/build ./build_horovod.sh /opt/venv/bin/python
+    && XDG_CACHE_HOME=/build/cache launch/build_horovod.sh /opt/venv/bin/python
 
-# The other packages, less what only a build or a test of theirs needs; then the demo's shards.
+# The other packages, without what only their builds or tests need; then this project and the demo's shards.
 FROM horovod AS build
 COPY pyproject.toml ./
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     /opt/venv/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' >requirements.txt \
-    && /opt/venv/bin/pip install --constraint constraints.txt --requirement requirements.txt infomcr_dist/*/horovod-*.whl \
-    && /opt/venv/bin/pip uninstall --yes cmake wheel pip \
+    && /opt/venv/bin/pip install --constraint constraints.txt --requirement requirements.txt cache/infomcr_dist/*/horovod-*.whl \
     && cd /opt/venv/lib/python3*/site-packages \
     && find . -type d \( -name include -o -name tests -o -path ./torch/test \) -prune -exec rm -r {} + \
     && find torch/bin -type f ! -name torch_shm_manager -delete \
-    && find horovod -name '*.so' -exec strip --strip-unneeded {} + \
-    && echo /opt/infomcr_dist >infomcr_dist.pth
-COPY pipelines ./pipelines
-RUN /opt/venv/bin/python -m pipelines.prepare fashion-mnist data/fashion-mnist
+    && find horovod -name '*.so' -exec strip --strip-unneeded {} +
+COPY README.md LICENSE ./
+COPY pipelines pipelines
+COPY infomcr_dist infomcr_dist
+RUN /opt/venv/bin/pip install --no-deps --no-build-isolation . \
+    && /opt/venv/bin/pip uninstall --yes cmake wheel pip \
+    && /opt/venv/bin/infomcr prepare fashion-mnist data/fashion-mnist
 
 FROM $BASE
-# HOME: horovodrun and matplotlib write below it. Sessions of sshd have no ENV: they get the PATH from their server, whose
-# keys are made where the image runs. Ubuntu has a user 1000 of its own.
+# HOME: horovodrun and matplotlib write below it. sshd's sessions do not see ENV: they get PATH from the server, whose keys
+# are made where the image runs. Ubuntu has a user 1000 of its own.
 ENV PATH=/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends iproute2 openssh-client openssh-server python3 \
@@ -55,10 +60,8 @@ COPY --from=build /opt/venv /opt/venv
 WORKDIR /opt/infomcr_dist
 COPY --from=build /build/data data
 COPY launch launch
-COPY pipelines pipelines
-COPY infomcr_dist infomcr_dist
 USER trainer
-# Of a container that trains: rank 0 of it answers. A trainer that stands still ends by itself (hang_seconds).
+# For a container that trains: its rank 0 answers. A trainer that hangs ends by itself (hang_timeout_seconds).
 HEALTHCHECK --interval=30s --timeout=10s --start-period=5m \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:9500/metrics', timeout=5)"]
-CMD ["horovodrun", "-np", "2", "python", "-m", "infomcr_dist.train", "run_dir=/tmp/run"]
+CMD ["horovodrun", "-np", "2", "infomcr", "train", "run_dir=/tmp/run"]

@@ -4,12 +4,12 @@
     python benchmarks/chaos.py faults=60 seed=3
 
 Three workers of an elastic run (launch/elastic.sh, three names of this machine) train ResNet-20 on a part of
-Fashion-MNIST. At random steps, and at a random instant within them, one of these strikes: a worker gets SIGKILL,
-SIGTERM or SIGSTOP; a host leaves and comes back; the launcher is killed; the newest checkpoint is cut off while it is.
-When the whole job has ended it is started again, as a cluster would do. At the end the samples of every step that is
-in the final weights are compared with the order's, from what each worker wrote down when it had taken the step, and
-the loss with that of runs on three and on two workers that nothing disturbed; the second pair shows what noise is.
-Exit code 1 if a sample was lost or repeated, or if the final error is off by more than the noise allows.
+Fashion-MNIST. At random steps, and at a random instant within them, one of these faults occurs: a worker gets SIGKILL,
+SIGTERM or SIGSTOP; a host leaves and returns; the launcher is killed, or killed with the newest checkpoint cut in half.
+Whenever the whole job has ended it is started again, as a cluster would do. At the end the samples of every step that
+is in the final weights, which each worker logged after the step, are compared with the sampler's, and the loss with
+that of undisturbed runs on three and on two workers; the difference between these two is the noise.
+Exit code 1 if a sample was lost or repeated, or if the training loss is off by more than the noise allows.
 """
 
 import contextlib
@@ -24,14 +24,23 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from infomcr_dist import checkpoint, train
-from infomcr_dist.options import load_config
-from infomcr_dist.run import Run, snapshot
-from pipelines import Order
+from infomcr_dist.records import (
+    FILE,
+    EpochRecord,
+    EvaluationRecord,
+    R,
+    RestartRecord,
+    StepRecord,
+    last_step,
+    read_records,
+)
+from infomcr_dist.run import Run
+from pipelines import Sampler
+from pipelines.options import load
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["localhost", "127.0.0.1", os.uname().nodename]
@@ -56,28 +65,29 @@ class Settings:
     images: int = 2400
     seed: int = 0
     folder: str | None = None
-    """Where the runs are kept; null: a temporary directory."""
+    """Where the runs are kept; null: a temporary directory"""
 
 
 def worker(arguments: list[str]) -> int:
-    """The trainer; each worker writes down the samples of a step when it has taken it."""
+    """The trainer; each worker logs the samples of a step after it."""
+    commit = Run.commit
 
-    def noted(run: Run, epoch: int, step: int, epoch_loss: tuple[float, float] = (0.0, 0.0)) -> checkpoint.State:
-        state = snapshot(run, epoch, step, epoch_loss)
+    def commit_and_log(self: Run) -> checkpoint.State:
+        step, sampler = self.state.step, self.experiment.sampler
         if step > 0:
-            rank, size = run.world.rank, run.world.size
-            samples = run.order.part((step - 1) // run.order.steps, (step - 1) % run.order.steps, rank, size).samples
+            rank, size = self.world.rank, self.world.size
+            samples = sampler.local_batch((step - 1) // sampler.steps, (step - 1) % sampler.steps, rank, size).samples
             line = {"step": step, "rank": rank, "size": size, "samples": samples.tolist()}
             with open(os.environ[LOG], "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")  # one write: lines of several workers do not mix
-        return state
+        return commit(self)
 
-    train.snapshot = noted  # type: ignore[attr-defined]
+    Run.commit = commit_and_log  # type: ignore[method-assign]
     return train.main(arguments)
 
 
 class Job:
-    """The elastic job, started again when it has ended before its time."""
+    """The elastic job, started again when it has ended too early."""
 
     def __init__(self, folder: Path, arguments: list[str]) -> None:
         self.run, self._folder, self._arguments = folder / "chaos", folder, arguments
@@ -90,7 +100,8 @@ class Job:
         self._command = [
             str(ROOT / "launch" / "elastic.sh"), "--min-np", "1", "--max-np", "3", "--network-interface", "lo",
             "--blacklist-cooldown-range", "1", "4", "--host-discovery-script", str(script),
-            sys.executable, __file__, "worker", *arguments, f"run_dir={self.run}", "resume=auto", "hang_seconds=6",
+            sys.executable, __file__, "worker", *arguments, f"run_dir={self.run}", "resume=auto",
+            "hang_timeout_seconds=6",
         ]  # fmt: skip
         self.start()
 
@@ -122,11 +133,8 @@ class Job:
             p for p in found if p != self.process.pid and "horovodrun" not in Path(f"/proc/{p}/cmdline").read_text()
         ]
 
-    def steps(self) -> list[dict[str, Any]]:
-        return [r for r in records(self.run) if r["kind"] == "step"]
-
     def strike(self, kind: str, chance: random.Random) -> None:
-        """Do one kind of harm."""
+        """Cause one kind of fault."""
         if kind.startswith("SIG"):
             for process in chance.sample(self.workers(), k=1):
                 with contextlib.suppress(ProcessLookupError):
@@ -140,19 +148,16 @@ class Job:
             self.process.kill()
             self.process.wait()
             end = time.monotonic() + 90
-            while self.workers() and time.monotonic() < end:  # they notice, save and leave
+            while self.workers() and time.monotonic() < end:  # they notice, save and exit
                 time.sleep(0.2)
             newest = checkpoint.newest_first(self.run / "checkpoints")
             if kind.startswith("checkpoint") and len(newest) > 1:
                 os.truncate(newest[0], newest[0].stat().st_size // 2)
 
 
-def records(run: Path) -> list[dict[str, Any]]:
-    try:
-        lines = (run / "records.jsonl").read_text().splitlines(keepends=True)
-    except OSError:
-        return []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+def records(run: Path, kind: type[R]) -> list[R]:
+    """A run's records of one kind."""
+    return [record for record in read_records(run / FILE, (kind,)) if isinstance(record, kind)]
 
 
 def train_alone(workers: int, run: Path, arguments: list[str]) -> None:
@@ -163,8 +168,8 @@ def train_alone(workers: int, run: Path, arguments: list[str]) -> None:
     subprocess.run([*command, f"run_dir={run}"], env=environment, check=True, stdout=subprocess.DEVNULL)
 
 
-def accounted(run: Path, log: Path, order: Order) -> tuple[int, int, int]:
-    """Samples lost and repeated in the final weights, and steps that were taken again after a worker was lost."""
+def count_samples(run: Path, log: Path, sampler: Sampler) -> tuple[int, int, int]:
+    """Samples lost and repeated in the final weights, and steps that were repeated after a worker was lost."""
     taken: dict[tuple[int, int], list[dict[int, list[int]]]] = {}
     for line in map(json.loads, log.read_text().splitlines()):
         worlds = taken.setdefault((line["step"], line["size"]), [])
@@ -174,31 +179,31 @@ def accounted(run: Path, log: Path, order: Order) -> tuple[int, int, int]:
                 break
         else:
             worlds.append({line["rank"]: line["samples"]})
-    steps = [r for r in records(run) if r["kind"] == "step"]
-    counts = np.zeros((len({r["epoch"] for r in steps}), order.samples), int)
+    steps = records(run, StepRecord)
+    counts = np.zeros((len({record.epoch for record in steps}), sampler.samples), int)
     for record in steps:
-        world = taken.get((record["step"], record["world_size"]), [{}])[-1]
+        world = taken.get((record.step, record.world_size), [{}])[-1]
         for samples in world.values():
-            np.add.at(counts[record["epoch"] - 1], samples, 1)
+            np.add.at(counts[record.epoch - 1], samples, 1)
     again = sum(len(worlds) for worlds in taken.values()) - len(steps)
     return int((counts == 0).sum()), int((counts > 1).sum()), again
 
 
 def main(settings: Settings) -> int:
-    """Run all, print the table."""
+    """Run everything and print the table."""
     chance = random.Random(settings.seed)
     folder = Path(settings.folder or tempfile.mkdtemp(prefix="chaos-")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     arguments = [
-        str(ROOT / "launch/recipes/demo.yaml"), f"epochs={settings.epochs}", "metric.trials=0", "telemetry.port=null",
+        "demo", f"epochs={settings.epochs}", "metric.trials=0", "telemetry.port=null",
         f"schedule.milestones=[{settings.epochs // 2}]", f"data.train_images={settings.images}", "threads=1",
         "data.batch_size=null", "data.global_batch_size=96", "checkpoint.keep=3", "checkpoint.every_steps=7",
     ]  # fmt: skip
     os.chdir(ROOT)
     train_alone(3, folder / "alone-3", arguments)
     train_alone(2, folder / "alone-2", arguments)
-    order = Order(settings.images, 96, seed=0, unit=16)
-    total = order.steps * settings.epochs
+    sampler = Sampler(settings.images, 96, seed=0, unit=16)
+    total = sampler.steps * settings.epochs
     began, tally = time.monotonic(), Counter[str]()
     job = Job(folder, arguments)
     try:
@@ -218,13 +223,13 @@ def main(settings: Settings) -> int:
     finally:
         if job.process.poll() is None:
             job.process.kill()
-    return report(settings, folder, job, order, tally, time.monotonic() - began)
+    return report(settings, folder, job, sampler, tally, time.monotonic() - began)
 
 
 def wait(job: Job, step: int) -> None:
-    """Until the run has taken a step; a job that has ended is started again."""
+    """Wait until the run has done a step; a job that has ended is started again."""
     end = time.monotonic() + 600
-    while not (steps := job.steps()) or steps[-1]["step"] < step:
+    while last_step(job.run / FILE) < step:
         if job.process.poll() is not None:
             job.start()
         if time.monotonic() > end:
@@ -232,32 +237,30 @@ def wait(job: Job, step: int) -> None:
         time.sleep(0.1)
 
 
-def report(settings: Settings, folder: Path, job: Job, order: Order, tally: Counter[str], seconds: float) -> int:
-    lost, repeated, again = accounted(job.run, folder / "taken.jsonl", order)
-    resets = [r["elastic_resets"] for r in records(job.run) if r["kind"] == "reset"]
-    print(
-        f"\n{settings.faults} faults in {seconds:.0f} s, {job.starts} starts of the job, {len(resets)} elastic restarts"
-    )
+def report(settings: Settings, folder: Path, job: Job, sampler: Sampler, tally: Counter[str], seconds: float) -> int:
+    """Print what the run went through and how it compares; returns the exit code."""
+    lost, repeated, again = count_samples(job.run, folder / "taken.jsonl", sampler)
+    restarts = len(records(job.run, RestartRecord))
+    print(f"\n{settings.faults} faults in {seconds:.0f} s, {job.starts} starts of the job, {restarts} elastic restarts")
     print("\n| fault | times |\n|---|---|")
     for kind in KINDS:
         print(f"| {kind} | {tally[kind]} |")
     loss, error = {}, {}
     for name in ("chaos", "alone-3", "alone-2"):
-        found = records(folder / name)
-        loss[name] = np.array([r["training_loss"] for r in found if r["kind"] == "epoch"])
-        evaluations = [r["top1_error_ratio"] for r in found if r["kind"] == "evaluation" and r["split"] == "test"]
-        error[name] = evaluations[-1]
+        loss[name] = np.array([record.training_loss for record in records(folder / name, EpochRecord)])
+        evaluations = records(folder / name, EvaluationRecord)
+        error[name] = [record.top1_error_ratio for record in evaluations if record.split == "test"][-1]
     noise = np.abs(loss["alone-2"] - loss["alone-3"])
     off = np.abs(loss["chaos"] - loss["alone-3"])
     print("\n| | under faults | 3 workers, undisturbed | 2 workers, undisturbed |\n|---|---|---|---|")
     print("| final training loss |", " | ".join(f"{loss[n][-1]:.4f}" for n in loss), "|")
     print("| final test error |", " | ".join(f"{error[n]:.2%}" for n in error), "|")
-    print(f"\nsamples lost: {lost}, repeated: {repeated}; steps taken again after a loss: {again}")
+    print(f"\nsamples lost: {lost}, repeated: {repeated}; steps repeated after a loss: {again}")
     print(
         f"largest difference of an epoch's training loss from 3 workers: {off.max():.4f} (2 workers: {noise.max():.4f})"
     )
-    steps = [r["step"] for r in records(job.run) if r["kind"] == "step"]
-    complete = steps == list(range(1, order.steps * settings.epochs + 1))
+    steps = [record.step for record in records(job.run, StepRecord)]
+    complete = steps == list(range(1, sampler.steps * settings.epochs + 1))
     print(f"every step once in the records: {complete}")
     return int(lost > 0 or repeated > 0 or not complete or off.max() > 3 * noise.max() + 0.01)
 
@@ -266,6 +269,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         sys.exit(worker(sys.argv[2:]))
     try:
-        sys.exit(main(load_config(Settings, None, sys.argv[1:])))
+        sys.exit(main(load(Settings, None, sys.argv[1:])))
     except ValueError as problem:
         sys.exit(f"chaos: {problem}")

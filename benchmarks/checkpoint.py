@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from infomcr_dist import checkpoint
 from infomcr_dist.models import build
-from infomcr_dist.options import load_config
+from pipelines.options import load
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,6 @@ def main(settings: Settings) -> None:
 
 if __name__ == "__main__":
     try:
-        main(load_config(Settings, None, sys.argv[1:]))
+        main(load(Settings, None, sys.argv[1:]))
     except ValueError as error:
         sys.exit(f"checkpoint: {error}")

@@ -4,7 +4,7 @@
     python benchmarks/gamma.py model=wrn_18_1_5 image_size=128 classes=1000 rounds=3 per_sample=false
 
 "forward-backward" is one pass over the N images in eval mode, which gives the ordinary gradient. "one backward per
-sample" is the authors' way: N of them, with J (N, W) held for the product (`per_sample=false` leaves it out).
+sample" is the authors' way: N of them, with J (N, W) held for the product (not with `per_sample=false`).
 Rounds are interleaved; the table gives medians, in brackets quartiles, and the peak of what torch allocates.
 """
 
@@ -18,10 +18,10 @@ from interleaved import measure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from infomcr_dist.fisher import gradient_gram
 from infomcr_dist.functional import functional_loss, trainable_parameters
+from infomcr_dist.gram import gradient_gram
 from infomcr_dist.models import build
-from infomcr_dist.options import load_config
+from pipelines.options import load
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,6 @@ def main(settings: Settings) -> None:
 
 if __name__ == "__main__":
     try:
-        main(load_config(Settings, None, sys.argv[1:]))
+        main(load(Settings, None, sys.argv[1:]))
     except ValueError as error:
         sys.exit(f"gamma: {error}")

@@ -1,6 +1,6 @@
 """Several hosts on one machine: network namespaces on a bridge, each with a name, an address and an sshd of its own.
 
-Needs root, iproute2 and openssh-server. For benchmarks and tests of what crosses a network; see `hosts`.
+Needs root, iproute2 and openssh-server. For benchmarks and tests of networks; see `hosts`.
 """
 
 import os
@@ -18,7 +18,7 @@ _INTERFACE, _PORT, _BRIDGE = "eth0", 2222, "imbridge"
 
 
 def missing() -> str | None:
-    """What keeps this machine from having such hosts, or None."""
+    """Why this machine cannot have such hosts, or None."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     for program, package in (("ip", "iproute2"), ("tc", "iproute2"), ("/usr/sbin/sshd", "openssh-server")):
@@ -33,7 +33,7 @@ def missing() -> str | None:
 
 @dataclass(frozen=True)
 class Host:
-    """A namespace: its name is the host's name, and resolves to its address on every host."""
+    """A network namespace: its name is the host's name, which resolves to its address on every host."""
 
     name: str
     address: str
@@ -60,7 +60,7 @@ class Hosts:
         )  # fmt: skip
 
     def set_rate(self, rate: str | None) -> None:
-        """Shape what every host sends to a rate as tc writes it (100mbit); None: as fast as it goes."""
+        """Limit what every host sends to a rate in tc's notation (100mbit); None: no limit."""
         for host in self.hosts:
             tc = ["ip", "netns", "exec", host.name, "tc", "qdisc"]
             subprocess.run([*tc, "del", "dev", _INTERFACE, "root"], capture_output=True, check=False)
@@ -68,7 +68,7 @@ class Hosts:
                 _run(*tc, "add", "dev", _INTERFACE, "root", "tbf", "rate", rate, "burst", "128kb", "latency", "400ms")
 
     def cut(self, host: Host) -> None:
-        """Take a host off the network; nothing is sent or told any more."""
+        """Take a host off the network; nothing is sent any more."""
         _run("ip", "link", "set", f"im{host.name}", "down")
 
     def mend(self, host: Host) -> None:
@@ -77,7 +77,7 @@ class Hosts:
 
 @contextmanager
 def namespaces(count: int) -> Iterator[list[Host]]:
-    """So many hosts without any server, gone again at the end with all that still runs on them."""
+    """Make ``count`` hosts without a server; at the end they are removed, with everything that still runs on them."""
     names = [f"node{i}" for i in range(1, count + 1)]
     table = "127.0.0.1 localhost\n" + "".join(f"10.77.0.{i} {name}\n" for i, name in enumerate(names, 1))
     with ExitStack() as stack:
@@ -104,7 +104,7 @@ def namespaces(count: int) -> Iterator[list[Host]]:
 
 @contextmanager
 def hosts(count: int, folder: Path) -> Iterator[Hosts]:
-    """So many hosts, each with an sshd, gone again at the end; ``folder`` gets keys and logs."""
+    """Make ``count`` hosts, each with an sshd; they are removed at the end. ``folder`` gets keys and logs."""
     _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "key"))
     _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "host_key"))
     shutil.copy(folder / "key.pub", folder / "authorized_keys")
@@ -126,7 +126,7 @@ def hosts(count: int, folder: Path) -> Iterator[Hosts]:
 
 
 def _remove(name: str) -> None:
-    """A namespace lives on, with its link, as long as a process does in it."""
+    """Remove a namespace, after the processes in it, which would keep it and its link."""
     for process in subprocess.run(["ip", "netns", "pids", name], capture_output=True, check=True).stdout.split():
         with suppress(ProcessLookupError):
             os.kill(int(process), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Images a second of every loader, next to what people use otherwise and to the bound of decoding alone.
+"""Images per second of every loader, next to the usual alternatives and to the bound of decoding alone.
 
     python benchmarks/loader.py
     python benchmarks/loader.py stored=128 cores=[1] augmentations=[random_resized_crop] rounds=9
@@ -6,13 +6,13 @@
 Shards are made of imagenet-sample-250.tar, resized to 128 x 128 (repeated to 3 000 images; trained on at 128 x 128,
 random_resized_crop at 112 x 112) and as they are (1 000 images; trained on at 224 x 224).
 Every loader is a process of its own, bound to the given cores; in each round all of them take a turn, in random order,
-alone on those cores. The table gives medians over rounds and, in brackets, quartiles; CPU time counts all processes and
-threads of a loader, and is the figure to trust on a machine with other work; memory is the proportional share (PSS) of
+alone on those cores. The table has medians over rounds and, in brackets, quartiles; CPU time counts all processes and
+threads of a loader, and is the one to trust on a machine with other work; memory is the proportional share (PSS) of
 its processes; first batch is the time to it in the first turn, the making of the pipeline or processes included.
 
 - decode only: simplejpeg on bytes in memory, nothing else. The bound of everything on a CPU.
 - decode + augment: the same with our crop, resize, flip and normalization into one batch. The bound of "torch".
-- DALI's reader: DALI's own order, reading and random numbers (`readers.webdataset`), what "dali" gave up for exactness.
+- DALI's reader: DALI's own order, reading and random numbers (`readers.webdataset`), which "dali" replaces.
 - PIL DataLoader: image files, PIL, torch's DataLoader with a process a core; webdataset recipe: the library's usual
   pipeline (shards, shuffle, decode("pil"), WebLoader) with the same transforms.
 """
@@ -23,6 +23,7 @@ import os
 import random
 import shutil
 import statistics
+import sys
 import tarfile
 import tempfile
 import threading
@@ -38,14 +39,15 @@ import simplejpeg
 import torch
 from PIL import Image, ImageOps
 
-from pipelines import Order, augment, cli, open_dataset, open_loader
-from pipelines.indexed import Renderer
+from pipelines import Backend, LoaderConfig, Sampler, augment, open_dataset, open_loader
+from pipelines.loaders.reader import Files, Workers, chunks
+from pipelines.loaders.threaded import Renderer
+from pipelines.options import load
 from pipelines.prepare import Options, prepare
-from pipelines.reader import Files, Workers, chunks
 
 _BATCH = 128
 _STORED_SIZES = {"none": 128, "random_resized_crop": 112}  # sides trained on, of images stored at 128 x 128
-_Epoch = Callable[[], Iterable[Any]]  # yields batches, whose images come first
+_Epoch = Callable[[], Iterable[Any]]  # yields the images of a batch, or a list as long
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Task:
-    """What one loader process is told."""
+    """What one loader process measures."""
 
     loader: str
     data: Path
@@ -74,13 +76,11 @@ class Task:
     cores: tuple[int, ...]
 
 
-def ours(backend: str, task: Task) -> _Epoch:
+def ours(backend: Backend, task: Task) -> _Epoch:
     """A backend of `pipelines`."""
     dataset = open_dataset(task.data)
-    alone = {"rank": 0, "world_size": 1} if backend == "webdataset" else {}
-    loader = open_loader(
-        dataset.splits["train"],
-        backend=backend,  # type: ignore[arg-type]
+    config = LoaderConfig(
+        backend=backend,
         augmentation=task.augmentation,
         size=task.size,
         mean=dataset.mean,
@@ -88,12 +88,12 @@ def ours(backend: str, task: Task) -> _Epoch:
         batch_size=_BATCH,
         device=torch.device("cpu"),
         threads=len(task.cores),
-        **alone,  # type: ignore[arg-type]
     )
-    order = Order(len(dataset.splits["train"]), _BATCH, seed=0)
+    loader = open_loader(dataset.splits["train"], config)
+    sampler = Sampler(len(dataset.splits["train"]), _BATCH, seed=0)
     epochs = itertools.count()
 
-    return lambda: loader.batches(order.parts(next(epochs), 0, 1))
+    return lambda: (images for _, images, _ in loader.batches(sampler.local_batches(next(epochs), 0, 1)))
 
 
 def decode_only(task: Task) -> _Epoch:
@@ -108,7 +108,7 @@ def decode_only(task: Task) -> _Epoch:
 
 
 def decode_and_augment(task: Task) -> _Epoch:
-    """What the torch backend does to an image, without reading and batching."""
+    """The torch backend without reading and batching."""
     encoded = in_memory(task)
     split = open_dataset(task.data).splits["train"]
     render = Renderer(task.size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), False)
@@ -128,8 +128,8 @@ def in_memory(task: Task) -> list[bytes]:
     return list(map(Files(split, 1).read, range(len(split))))
 
 
-def threaded(count: int, task: Task, work: Callable[[list[int], np.ndarray], None]) -> Iterator[tuple[list[int], None]]:
-    """So many images, an equal part at a time of a batch that is larger than a cache, as a loader's is."""
+def threaded(count: int, task: Task, work: Callable[[list[int], np.ndarray], None]) -> Iterator[list[int]]:
+    """`count` images, in pieces of a batch that is larger than a cache, as a loader's is."""
     workers = Workers(len(task.cores))
     rows = np.arange(count)
     batches = threading.local()
@@ -145,7 +145,7 @@ def threaded(count: int, task: Task, work: Callable[[list[int], np.ndarray], Non
         for piece in chunks(rows[:_BATCH], len(task.cores))
     ]
     for future in futures:
-        yield future.result(), None
+        yield future.result()
     workers.close()
 
 
@@ -207,7 +207,7 @@ def pil_dataloader(task: Task) -> _Epoch:
         persistent_workers=True,
         worker_init_fn=_one_thread,
     )
-    return lambda: loader
+    return lambda: (images for images, _ in loader)
 
 
 def webdataset_recipe(task: Task) -> _Epoch:
@@ -226,11 +226,11 @@ def webdataset_recipe(task: Task) -> _Epoch:
     loader = webdataset.WebLoader(
         shards, batch_size=None, num_workers=len(task.cores), persistent_workers=True, worker_init_fn=_one_thread
     )
-    return lambda: loader
+    return lambda: (images for images, _ in loader)
 
 
 def dali_reader(task: Task) -> _Epoch:
-    """DALI left to itself: its reader, its shuffle, its random numbers."""
+    """DALI alone: its reader, its shuffle, its random numbers."""
     import nvidia.dali
     from nvidia.dali.pipeline import Pipeline
     from torch.utils.dlpack import from_dlpack
@@ -270,9 +270,9 @@ def dali_reader(task: Task) -> _Epoch:
         pipeline.set_outputs(images, labels)
     pipeline.build()
 
-    def epoch() -> Iterator[tuple[torch.Tensor, None]]:
+    def epoch() -> Iterator[torch.Tensor]:
         for _ in range(-(-len(index) // _BATCH)):
-            yield from_dlpack(pipeline.run()[0].as_tensor()), None
+            yield from_dlpack(pipeline.run()[0].as_tensor())
 
     return epoch
 
@@ -316,9 +316,9 @@ def serve(task: Task, pipe: Any) -> None:
     making = time.perf_counter() - made
     while pipe.recv():
         started, spent, count, first = time.perf_counter(), cpu_seconds(), 0, 0.0
-        for batch in epoch():
+        for images in epoch():
             first = first or making + time.perf_counter() - started
-            count += len(batch[0])
+            count += len(images)
         pipe.send((count, time.perf_counter() - started, cpu_seconds() - spent, first, memory_bytes()))
     os._exit(0)  # some loaders' threads and processes take their time to end
 
@@ -389,8 +389,7 @@ def extracted(data: Path, folder: Path) -> Path:
     return folder
 
 
-def main(arguments: list[str]) -> None:
-    settings = cli.parse(Settings, arguments)
+def main(settings: Settings) -> None:
     if not (source := Path(__file__).parents[1] / settings.source).exists():
         raise ValueError(f"source {source} is not here")
     scratch = Path(tempfile.mkdtemp(prefix="loader-benchmark-"))
@@ -408,4 +407,7 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run("benchmarks/loader.py", main)
+    try:
+        main(load(Settings, None, sys.argv[1:]))
+    except ValueError as error:
+        sys.exit(f"loader: {error}")

@@ -4,8 +4,8 @@
 
 WRN-28-2 at 32×32, 32 images a worker in sub-batches of 16, one thread a worker; each step sends 5.9 MB a worker. Plain
 and fused steps alternate in one job, each with its last backward overlapped with the allreduce, as the library does it,
-and without: the gradient is finished first, then sent. Prints a Markdown table: medians in ms, the tenth to the
-ninetieth percentile, and the median of the ratios to the plain step beside it.
+and without: the gradient is completed first, then sent. Prints a Markdown table: medians in ms, the tenth to the
+ninetieth percentile, and the median of the ratios to the plain step measured next to it.
 """
 
 import copy
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from infomcr_dist import models, regularized_backward
-from infomcr_dist.world import connect
+from infomcr_dist.engines import connect
 
 RATES = ("100mbit", "1gbit", None)
 IMAGES, SUB_BATCH = 32, 16
@@ -31,41 +31,41 @@ def worker(steps: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(world.rank)
     model = models.build("wrn_28_2", classes=10, image_size=32)
-    silent = copy.deepcopy(model)  # its gradients are nobody's to send
+    local = copy.deepcopy(model)  # no hook sends its gradients
     optimizer = world.distribute(torch.optim.SGD(model.parameters(), lr=1e-3), model)
     images, labels = torch.randn(IMAGES, 3, 32, 32), torch.randint(10, (IMAGES,))
     criterion = nn.CrossEntropyLoss()
 
-    def backward(module: nn.Module, way: str) -> None:
-        if way == "plain":
+    def backward(module: nn.Module, kind: str) -> None:
+        if kind == "plain":
             criterion(module(images), labels).backward()
         else:
             regularized_backward(module, criterion, images, labels, alpha=1e-4, beta=10.0, sub_batch_size=SUB_BATCH)
 
     seconds: dict[tuple[str, bool], list[float]] = {}
     for step in range(steps + 1):
-        for way in ("plain", "fused"):
+        for kind in ("plain", "fused"):
             for overlapped in (True, False):
                 world.barrier()
                 began = time.perf_counter()
                 optimizer.zero_grad()
                 if overlapped:
-                    backward(model, way)
+                    backward(model, kind)
                 else:
-                    silent.zero_grad()
-                    backward(silent, way)
-                    for p, q in zip(model.parameters(), silent.parameters(), strict=True):
+                    local.zero_grad()
+                    backward(local, kind)
+                    for p, q in zip(model.parameters(), local.parameters(), strict=True):
                         p.grad = q.grad
                 world.average_gradients(optimizer)
                 world.update(optimizer)
                 if step:  # the first is a warm-up
-                    seconds.setdefault((way, overlapped), []).append(time.perf_counter() - began)
+                    seconds.setdefault((kind, overlapped), []).append(time.perf_counter() - began)
     if world.rank == 0:
         plain = seconds["plain", True]
-        for (way, overlapped), times in seconds.items():
+        for (kind, overlapped), times in seconds.items():
             low, *_, high = (1e3 * t for t in statistics.quantiles(times, n=10))
             ratio = statistics.median(a / b for a, b in zip(times, plain, strict=True))
-            name = f"{way}, {'overlapped' if overlapped else 'sent after'}"
+            name = f"{kind}, {'overlapped' if overlapped else 'sent after'}"
             print(f"ROW | {name} | {1e3 * statistics.median(times):.0f} | {low:.0f} to {high:.0f} | {ratio:.2f} |")
     world.close()
 

@@ -1,14 +1,14 @@
-"""Images a second of `pipelines.prepare` on ImageNet's archives, next to the bound of decode, resize and encode alone.
+"""Images per second of `pipelines.prepare` on ImageNet's archives, next to the bound of decode, resize and encode.
 
     python benchmarks/prepare.py
     python benchmarks/prepare.py mode=crop images=3000 processes=1 rounds=5
 
 ILSVRC2012_img_train.tar, nested as published, is made of imagenet-sample-250.tar, repeated. A round prepares it once
-(the whole command but for Python's start: listing the archives, starting processes, reading, hashing, writing to the
-disk, syncing) and works through the same images with a bare loop in as many processes, which run already and have the
-bytes in memory: Pillow's open, resize and save, and nothing else. Order is random within a round; the shares compare
-the two of one round, medians and, in brackets, quartiles over the rounds: of the time on the clock, and of the
-processor time of all processes, which is the figure to trust on a machine with other work.
+(the whole command without the start of Python: listing the archives, starting processes, reading, hashing, writing to
+the disk, syncing) and does the same images in a bare loop in as many processes, which run already and have the bytes in
+memory: only Pillow's open, resize and save. The order is random within a round; the ratios compare the two of one
+round, medians and, in brackets, quartiles over the rounds: of wall-clock time, and of the processor time of all
+processes, which is the one to trust on a machine with other work.
 """
 
 import io
@@ -16,6 +16,7 @@ import os
 import random
 import resource
 import statistics
+import sys
 import tarfile
 import tempfile
 import time
@@ -29,7 +30,7 @@ from typing import Literal
 
 from PIL import Image, ImageOps
 
-from pipelines import cli
+from pipelines.options import load as load_settings
 from pipelines.prepare import Options, prepare
 
 
@@ -42,7 +43,7 @@ class Settings:
     size: int = 128
     mode: Literal["squash", "crop"] = "squash"
     processes: int = 0
-    """0: one a core."""
+    """0: one per core."""
     rounds: int = 5
 
 
@@ -50,7 +51,7 @@ _encoded: list[bytes] = []  # of a process of the bound
 
 
 def load(source: str) -> None:
-    """Takes the images of a tar into memory."""
+    """Reads the images of a tar into memory."""
     with tarfile.open(source) as archive:
         for entry in archive:
             if entry.isreg():
@@ -72,7 +73,7 @@ def bare(numbers: range, size: int, mode: str, quality: int) -> float:
 
 
 def make_archive(source: str, images: int, path: Path) -> None:
-    """ILSVRC2012_img_train.tar with so many images, a class for each folder of the source."""
+    """ILSVRC2012_img_train.tar with `images` images, a class for each folder of the source."""
     classes: dict[str, list[bytes]] = {}
     with tarfile.open(source) as archive:
         for entry in archive:
@@ -96,9 +97,8 @@ def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     archive.addfile(entry, io.BytesIO(data))
 
 
-def main(arguments: list[str]) -> None:
+def main(settings: Settings) -> None:
     """Print the table."""
-    settings = cli.parse(Settings, arguments)
     processes = settings.processes or len(os.sched_getaffinity(0))
     options = Options(size=settings.size, mode=settings.mode, processes=processes)
     with (
@@ -135,24 +135,27 @@ def main(arguments: list[str]) -> None:
         f"{settings.images} images to {settings.size} x {settings.size}, mode={settings.mode}, "
         f"processes: {processes}, {settings.rounds} rounds\n"
     )
-    print("| | images/s | processor ms an image |\n|---|---|---|")
+    print("| | images/s | processor ms per image |\n|---|---|---|")
     for row, name in enumerate(("pipelines.prepare", "decode, resize, encode")):
         wall, processor = (statistics.median(times[row][clock] for times in rounds) for clock in (0, 1))
         print(f"| {name} | {settings.images / wall:.0f} | {1000 * processor / settings.images:.2f} |")
-    print(f"| share of the bound | {share(rounds, 0)} | {share(rounds, 1)} |")
+    print(f"| fraction of the bound | {ratio(rounds, 0)} | {ratio(rounds, 1)} |")
 
 
-def share(rounds: list[list[tuple[float, float]]], clock: int) -> str:
-    """The bound's time in that of `prepare`."""
+def ratio(rounds: list[list[tuple[float, float]]], clock: int) -> str:
+    """The time of the bound relative to that of `prepare`."""
     low, middle, high = statistics.quantiles([least[clock] / ours[clock] for ours, least in rounds], n=4)
     return f"{middle:.1%} ({low:.1%}–{high:.1%})"
 
 
 def processor_seconds() -> float:
-    """Of this process and those of it that have ended."""
+    """Of this process and its children that have ended."""
     uses = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(use.ru_utime + use.ru_stime for use in uses)
 
 
 if __name__ == "__main__":
-    cli.run("prepare", main)
+    try:
+        main(load_settings(Settings, None, sys.argv[1:]))
+    except ValueError as error:
+        sys.exit(f"prepare: {error}")

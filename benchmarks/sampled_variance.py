@@ -6,8 +6,8 @@ Trains a small ResNet (one block a stage) on so many images of a tar of class fo
 
 1. prints the variance of the penalty's part of a step at those weights, beta * (mean of g_i - h_i over the k sampled of
    M sub-batches), for k and for the number of workers, in variances of the plain gradient of one worker's batch;
-2. trains on for `after` epochs at a tenth of the rate, from the same weights, by each way, and prints the training loss
-   in eval mode, the test error and gamma_hat.
+2. trains for another `after` epochs at a tenth of the rate, from the same weights, by each estimator, and prints the
+   training loss in eval mode, the test error and gamma_hat.
 """
 
 import copy
@@ -28,12 +28,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from infomcr_dist import regularized_backward
-from infomcr_dist.fisher import gamma_hat, gradient_gram
+from infomcr_dist.curvature import gamma_hat
 from infomcr_dist.functional import Batch, Params, functional_loss, gradient, trainable_parameters
+from infomcr_dist.gram import gradient_gram
 from infomcr_dist.models.layers import classifier, stem
 from infomcr_dist.models.resnet import assemble, basic_block, projection
-from infomcr_dist.options import load_config
 from infomcr_dist.regularizer import sub_batch_penalty
+from pipelines.options import load
 
 Step = Callable[[nn.Module, Tensor, Tensor], None]
 
@@ -55,7 +56,7 @@ class Settings:
     threads: int = 1
 
 
-def load(path: Path, split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
+def load_images(path: Path, split: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """`count` images (count, 3, H, W) in [-2, 2] and labels of the folders split/class/, drawn at random."""
     with tarfile.open(path) as tar:
         entries = [(m.name.split("/"), tar.extractfile(m).read()) for m in tar if m.isfile()]  # type: ignore[union-attr]
@@ -99,7 +100,7 @@ def plain(model: nn.Module, images: Tensor, labels: Tensor) -> None:
 
 
 def alike(model: nn.Module, images: Tensor, labels: Tensor, settings: Settings, k: int) -> None:
-    """Sampled, with the remainder in sub-batches too, so that all images are normalised by as many."""
+    """Sampled, with the remainder in sub-batches too, so that all images are normalized by as many."""
     size, count = settings.sub_batch_size, settings.batch_size // settings.sub_batch_size
     head = k * size
     common: dict[str, Any] = {"alpha": settings.alpha, "sub_batch_size": size}
@@ -109,7 +110,7 @@ def alike(model: nn.Module, images: Tensor, labels: Tensor, settings: Settings, 
         layer.momentum = 1 - math.sqrt(0.9)
     for part, beta in ((slice(0, head), settings.beta * count / k), (slice(head, None), 0.0)):
         share = len(images[part]) / len(images)
-        regularized_backward(model, cross_entropy, images[part], labels[part], beta=beta, weight=share, **common)
+        regularized_backward(model, cross_entropy, images[part], labels[part], beta=beta, loss_scale=share, **common)
     for layer in layers:
         layer.momentum = 0.1
 
@@ -182,8 +183,8 @@ def main(settings: Settings) -> None:
     """Print both tables."""
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
-    data = load(Path(settings.data), "train", settings.images, settings.seed)
-    test = load(Path(settings.data), "test", settings.test_images, settings.seed)
+    data = load_images(Path(settings.data), "train", settings.images, settings.seed)
+    test = load_images(Path(settings.data), "test", settings.test_images, settings.seed)
     start = resnet8(10)
     train(start, data, plain, settings.epochs, 0.1, settings)
     print(f"seed {settings.seed}, {settings.images} images, beta {settings.beta:g}, torch {torch.__version__}\n")
@@ -191,23 +192,23 @@ def main(settings: Settings) -> None:
 
     count = settings.batch_size // settings.sub_batch_size
 
-    def way(beta: float = settings.beta, **how: Any) -> Step:
+    def estimate(beta: float = settings.beta, **how: Any) -> Step:
         common = {"alpha": settings.alpha, "beta": beta, "sub_batch_size": settings.sub_batch_size, **how}
         return lambda model, images, labels: void(regularized_backward(model, cross_entropy, images, labels, **common))
 
     quarter = max(1, count // 4)
     steps: dict[str, Step] = {
         "plain": plain,
-        "fused": way(),
-        "reference": way(way="reference"),
-        "sampled 1/2": way(way="sampled", sampled=count // 2),
-        "sampled 1/4": way(way="sampled", sampled=quarter),
-        "sampled 1/4, remainder normalised alike": partial(alike, settings=settings, k=quarter),
-        "sampled 1/4, beta / 2": way(settings.beta / 2, way="sampled", sampled=quarter),
-        "sampled 1/4, beta / 4": way(settings.beta / 4, way="sampled", sampled=quarter),
-        "fused, beta / 4": way(settings.beta / 4),
+        "fused": estimate(),
+        "reference": estimate(estimator="reference"),
+        "sampled 1/2": estimate(estimator="sampled", num_sampled=count // 2),
+        "sampled 1/4": estimate(estimator="sampled", num_sampled=quarter),
+        "sampled 1/4, remainder normalized alike": partial(alike, settings=settings, k=quarter),
+        "sampled 1/4, beta / 2": estimate(settings.beta / 2, estimator="sampled", num_sampled=quarter),
+        "sampled 1/4, beta / 4": estimate(settings.beta / 4, estimator="sampled", num_sampled=quarter),
+        "fused, beta / 4": estimate(settings.beta / 4),
     }
-    print("\n| way | train loss | train error, % | test error, % | gamma_hat |\n|---|---|---|---|---|")
+    print("\n| estimator | train loss | train error, % | test error, % | gamma_hat |\n|---|---|---|---|---|")
     print(f"| before | {results(start, data, test)} |", flush=True)
     for name, step in steps.items():
         model = copy.deepcopy(start)
@@ -221,6 +222,6 @@ def void(_: object) -> None:
 
 if __name__ == "__main__":
     try:
-        main(load_config(Settings, None, sys.argv[1:]))
+        main(load(Settings, None, sys.argv[1:]))
     except ValueError as error:
         sys.exit(f"sampled_variance: {error}")

@@ -1,4 +1,4 @@
-"""Time of a regularized step in plain steps: each way of `regularized_backward` on the networks of the paper.
+"""Time of a regularized step relative to a plain step, for each estimator and the paper's networks.
 
     python benchmarks/step.py
     python benchmarks/step.py model=wrn_18_1_5 image_size=128 classes=1000 batch_size=64 sub_batch_size=16 threads=2
@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from infomcr_dist import regularized_backward
 from infomcr_dist.models import build
-from infomcr_dist.options import load_config
+from pipelines.options import load
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,18 @@ class Settings:
     rounds: int = 15
 
 
-def ways(sub_batches: int) -> dict[str, dict[str, Any]]:
+def estimators(sub_batches: int) -> dict[str, dict[str, Any]]:
     """Settings of `regularized_backward` by the name in the table."""
     sampled = {
-        f"sampled 1/{part}": {"way": "sampled", "sampled": sub_batches // part}
+        f"sampled 1/{part}": {"estimator": "sampled", "num_sampled": sub_batches // part}
         for part in (8, 4, 2)
         if sub_batches % part == 0
     }
     return {
-        "fused": {"way": "fused"},
+        "fused": {"estimator": "fused"},
         **sampled,
-        "reference": {"way": "reference"},
-        "fused, exact": {"way": "fused", "derivative": "exact"},
+        "reference": {"estimator": "reference"},
+        "fused, exact": {"estimator": "fused", "derivative": "exact"},
     }
 
 
@@ -77,7 +77,7 @@ def main(settings: Settings) -> None:
         "plain": partial(step, partial(plain, settings.batch_size)),
         "plain, split": partial(step, partial(plain, settings.sub_batch_size)),
     }
-    for name, how in ways(settings.batch_size // settings.sub_batch_size).items():
+    for name, how in estimators(settings.batch_size // settings.sub_batch_size).items():
         calls[name] = partial(step, partial(regularized, how))
     timings = measure(calls, settings.rounds)
 
@@ -93,6 +93,6 @@ def main(settings: Settings) -> None:
 
 if __name__ == "__main__":
     try:
-        main(load_config(Settings, None, sys.argv[1:]))
+        main(load(Settings, None, sys.argv[1:]))
     except ValueError as error:
         sys.exit(f"step: {error}")

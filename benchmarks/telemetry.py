@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from infomcr_dist import models
 from infomcr_dist.config import TelemetrySettings
-from infomcr_dist.telemetry import StepRecord, Telemetry
+from infomcr_dist.records import StepRecord
+from infomcr_dist.telemetry import Telemetry
 
 PORT = 19_870
 
@@ -52,13 +53,13 @@ def main(steps: int) -> None:
             took = time.perf_counter() - began
             step_seconds.append(took)
             record = StepRecord(
-                step=step, epoch=1, phase="regularized", loss=value, penalty=1e-4, beta=10.0, penalised=4,
+                step=step, epoch=1, phase="regularized", loss=value, penalty=1e-4, beta=10.0, num_penalized=4,
                 gradient_norm=1.0, finite=True, learning_rate=0.1, samples=64, global_samples=64, world_size=1,
                 data_errors=0, step_duration_seconds=took, data_wait_seconds=1e-3, gradient_seconds=took,
                 allreduce_wait_seconds=1e-3, update_seconds=1e-3, penalty_duration_seconds=took, allreduce_bytes=1,
             )  # fmt: skip
             began = time.perf_counter()
-            telemetry.step(record)
+            telemetry.log(record)
             record_seconds.append(time.perf_counter() - began)
         done.set()
         scraper.join()

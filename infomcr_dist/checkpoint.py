@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-FORMAT = 2
+FORMAT = 3
 State = dict[str, Any]
 _NAME = re.compile(r"step-(?P<step>\d{8,})-(?P<checksum>[0-9a-f]{16})\.pt")
 
@@ -79,22 +79,33 @@ def remove_unfinished(directory: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def load_newest(place: Path, say: Callable[[str], None]) -> tuple[Path, State]:
-    """The checkpoint at ``place``: the file itself, or the newest of a run directory that is whole.
+class OtherFormat(ValueError):
+    """A checkpoint of another release, not a damaged one."""
 
-    ``say`` is told of every damaged one that is passed over. Raises ValueError if there is none, or none that is whole.
+
+def load_newest(source: Path, report: Callable[[str], None]) -> tuple[Path, State]:
+    """The checkpoint at ``source``: the file itself, or the newest of a run directory that is whole.
+
+    Args:
+        source: a checkpoint or a run directory.
+        report: called with a line for every damaged checkpoint that is skipped.
+
+    Raises:
+        ValueError: there is none, none that is whole, or the newest is of another release.
     """
-    if place.is_file():
-        return place, load(place)
-    found = newest_first(place / "checkpoints")
+    if source.is_file():
+        return source, load(source)
+    found = newest_first(source / "checkpoints")
     if not found:
-        raise ValueError(f"resume: there is no checkpoint at {place}: give a run directory or a checkpoint file")
+        raise ValueError(f"resume: there is no checkpoint at {source}: give a run directory or a checkpoint file")
     for path in found:
         try:
             return path, load(path)
+        except OtherFormat:
+            raise
         except ValueError as error:
-            say(f"{error}; it is skipped, the one before it is taken")
-    raise ValueError(f"resume: none of the {len(found)} checkpoints at {place} is whole: train anew in another run_dir")
+            report(f"{error}; it is skipped, the one before it is taken")
+    raise ValueError(f"resume: none of the {len(found)} checkpoints at {source} is whole: train in another run_dir")
 
 
 def load(path: Path) -> State:
@@ -111,8 +122,13 @@ def load(path: Path) -> State:
     except Exception as error:  # a damaged file can fail anywhere in the reader
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of this project (format {FORMAT})")
+    if not isinstance(state, dict) or "format" not in state:
+        raise ValueError(f"{path} is not a checkpoint of this project")
+    if state["format"] != FORMAT:
+        raise OtherFormat(
+            f"{path} has format {state['format']}, known is {FORMAT}: resume it with the release that wrote it, "
+            "or train in another run_dir"
+        )
     return state
 
 
@@ -137,7 +153,7 @@ def copied(value: Any, device: str | None = None) -> Any:
 
 @dataclass(frozen=True)
 class Saved:
-    """What became of a save; ``error`` is None where it was written."""
+    """The outcome of a save; ``error`` is None where it was written."""
 
     step: int
     seconds: float
@@ -146,7 +162,7 @@ class Saved:
 
 
 class Writer:
-    """Saves checkpoints of one directory in a thread, one at a time, in the order they were given."""
+    """Saves checkpoints of one directory in a thread, one at a time, in order."""
 
     def __init__(self, directory: Path, keep: int) -> None:
         self._directory, self._keep = directory, keep
@@ -154,7 +170,7 @@ class Writer:
         self._finished: list[Saved] = []
 
     def begin(self, step: int, state: State, best: bool = False) -> None:
-        """Write a state that nobody changes any more; waits if the one before is still being written."""
+        """Write a state that nobody changes any more, after the one before."""
         self.wait()
         self._thread = threading.Thread(target=self._write, args=(step, state, best))
         self._thread.start()

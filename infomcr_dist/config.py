@@ -1,13 +1,15 @@
-"""The configuration of a run: one tree of frozen dataclasses (options.py fills it).
+"""The configuration of a run: one tree of frozen dataclasses (`pipelines.options` fills it).
 
-Every field is documented where it is declared; what can be checked without data is checked on construction, and raises
-ValueError naming the setting, its value and what would be right.
+Every field is documented where it is declared, and ``--help`` shows that text. What can be checked without data is
+checked on construction: a ValueError names the setting, its value and what would be right.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from types import MappingProxyType
+from typing import ClassVar, Literal
 
 
 def _require(condition: bool, setting: str, rule: str, value: object) -> None:
@@ -17,40 +19,41 @@ def _require(condition: bool, setting: str, rule: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What is read, and how a global batch is made of it."""
+    """The data set, and how a global batch is made of it."""
 
     path: str = "fashion-mnist"
-    """Directory that ``pipelines.prepare`` made; ``fashion-mnist`` is ./data/fashion-mnist, prepared on first use."""
+    """Directory of a prepared data set; ``fashion-mnist`` is ./data/fashion-mnist, prepared on first use."""
     backend: Literal["dali", "torch", "webdataset", "synthetic"] = "dali"
-    """What decodes and augments the training batches; webdataset streams, so evaluation reads with torch there."""
+    """Loader that decodes and augments the training batches; webdataset streams, so evaluation uses torch there."""
     on_error: Literal["stop", "skip"] = "stop"
-    """At a sample that cannot be read or decoded: end the run, or take the next one and count it."""
-    mixing: Literal["full", "window"] = "full"
-    """An epoch's order: a permutation of all samples, or of shards, a window of them at a time, for slow disks."""
+    """At a sample that cannot be read or decoded: stop the run, or take the next sample and count it."""
+    shuffle: Literal["full", "window"] = "full"
+    """full: an epoch is a permutation of all samples; window: of the shards, and of the samples of a few shards at a
+    time, for slow disks."""
     augmentation: str = "crop4_flip"
-    """none, flip, crop1_flip, crop4_flip or random_resized_crop, of the training batches."""
+    """Of the training batches: none, flip, crop1_flip, crop4_flip or random_resized_crop."""
     color_jitter: float = 0.0
     """Largest relative change of brightness, contrast and saturation."""
     image_size: int | None = None
-    """Side of the square images the model gets, pixels; null: the side they are stored at."""
+    """Side of the model's square input images, in pixels; null: the side they are stored at."""
     batch_size: int | None = None
-    """Images a worker a step; null where global_batch_size is given."""
+    """Images per worker and step; null where global_batch_size is given."""
     global_batch_size: int | None = None
-    """Images a step over all workers, split evenly; null where batch_size is given."""
-    remainder: Literal["keep", "drop"] = "keep"
-    """An epoch's last, smaller global batch: keep it, or drop it."""
+    """Images per step over all workers, split evenly; null where batch_size is given."""
+    drop_last: bool = False
+    """Whether an epoch's last global batch is dropped if it is smaller than the others."""
     train_images: int | None = None
-    """Train on so many of the training images, drawn by the seed; null: on all."""
+    """Number of training images, drawn with the seed; null: all."""
     confusion_images: int = 0
-    """Train on so many more of the training images with labels drawn at random, both by the seed (Scenario I): errors
-    count them, metrics do not."""
+    """Number of additional training images with random labels, both drawn with the seed (Scenario I); errors count
+    them, metrics do not."""
     holdout_images: int = 0
-    """Keep so many training images out, drawn by the seed, and evaluate on them in place of the test images."""
+    """Number of training images held out, drawn with the seed, and evaluated on in place of the test images."""
     max_batch_size: int | None = None
-    """Images a worker takes through the network at once, if its share of a step is larger and would not fit: the
-    gradients of the pieces are accumulated. null: all of its share."""
+    """Largest number of images that a worker takes through the network at once; gradients are accumulated over the
+    pieces of a larger local batch. null: the whole local batch."""
     threads: int = 1
-    """Decoding threads a worker."""
+    """Decoding threads per worker."""
     prefetch: int = 2
     """Batches decoded ahead."""
 
@@ -78,15 +81,15 @@ class DataSettings:
         if self.backend == "webdataset" and any(getattr(self, name) for name in parts):
             got = ", ".join(f"{name}={getattr(self, name)}" for name in parts)
             raise ValueError(
-                "data.backend=webdataset streams whole shards, it cannot leave images out or label them anew, "
+                "data.backend=webdataset streams whole shards, it cannot select images or change labels, "
                 f"got {got}: use dali or torch"
             )
         for name in ("confusion_images", "holdout_images"):
             _require(getattr(self, name) >= 0, f"data.{name}", "at least 0", getattr(self, name))
         if self.confusion_images and self.train_images is None:
             raise ValueError(
-                "data.confusion_images are beside data.train_images, "
-                f"got {self.confusion_images} and null: give a number of both"
+                "data.confusion_images needs data.train_images, "
+                f"got {self.confusion_images} and null: give a number for both"
             )
 
 
@@ -95,18 +98,21 @@ class OptimizerSettings:
     """Stochastic gradient descent with momentum."""
 
     learning_rate: float = 0.1
-    """Peak rate at a global batch of reference_batch_size images."""
+    """Peak learning rate, at a global batch of reference_batch_size images."""
     reference_batch_size: int | None = None
-    """Scale the rate linearly with the global batch from here (Goyal et al. 2017); null: take it as it is."""
+    """Global batch size from which the rate is scaled linearly (Goyal et al. 2017); null: no scaling."""
     momentum: float = 0.9
+    """Momentum coefficient."""
     nesterov: bool = True
+    """Whether momentum is Nesterov's."""
     weight_decay: float = 1e-4
-    """Of the outer loss only: it never enters a sub-batch gradient."""
+    """Coefficient of weight decay, of the outer loss only: it never enters a sub-batch gradient."""
     decay_norm_and_bias: bool = True
     """Whether weight decay applies to normalization layers and biases as well."""
     clip_gradient_norm: float | None = None
     """Largest 2-norm of the averaged, regularized gradient; null: no clipping."""
     label_smoothing: float = 0.0
+    """Share of the target probability that is spread over all classes."""
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, "optimizer.learning_rate", "positive", self.learning_rate)
@@ -125,12 +131,13 @@ class ScheduleSettings:
     """The learning rate over the run."""
 
     kind: Literal["constant", "milestones", "cosine", "plateau"] = "milestones"
+    """Shape of the schedule after the warm-up; plateau: drops when the training loss no longer falls."""
     warmup_epochs: float = 0.0
-    """Epochs over which the rate first rises linearly to its peak."""
+    """Epochs of linear warm-up to the peak rate."""
     milestones: tuple[float, ...] = ()
     """For milestones: epochs at which the rate is multiplied by factor."""
     factor: float = 0.1
-    """For milestones and plateau: what a drop multiplies the rate by."""
+    """For milestones and plateau: factor of the rate at a drop."""
     patience: int = 5
     """For plateau: epochs without a lower training loss before a drop."""
     threshold: float = 0.01
@@ -155,30 +162,35 @@ class RegularizerSettings:
     """The penalty βR_α on the divergence of sub-batch gradients (Jia & Su 2020, Algorithm 1)."""
 
     when: Literal["after_drop", "always", "never", "from_epoch"] = "after_drop"
-    """after_drop: from the first drop of the learning rate on (Sec. 7.2.1); from_epoch: from the epoch ``epoch`` on."""
+    """after_drop: from the first drop of the learning rate (Sec. 7.2.1); from_epoch: from the epoch ``epoch``."""
     epoch: float | None = None
+    """For from_epoch: epoch at which the penalty begins."""
     ramp: Literal["linear", "cosine", "steps"] = "linear"
-    """How β rises after the switch-on: along a line, half a cosine, or in ramp_steps equal steps."""
+    """How β rises once the penalty begins: linearly, as half a cosine, or in ramp_steps equal steps."""
     ramp_epochs: float = 0.0
-    """Epochs the rise takes; 0: β is constant."""
+    """Epochs over which β rises; 0: β is constant."""
     ramp_steps: int = 4
+    """For ramp=steps: number of steps."""
     alpha: float = 1e-4
-    """Length of the probing step w − αg; part of the strength (the gradient is βαHg)."""
+    """Length α of the probing step w − αg; part of the strength (the penalty's gradient is βαHg)."""
     beta: float = 10.0
-    """Weight of the penalty."""
+    """Weight β of the penalty."""
     sub_batches: int | None = None
-    """Sub-batches a worker's batch is split into (M); null where sub_batch_size is given."""
+    """Number of sub-batches of a worker's batch (M); null where sub_batch_size is given."""
     sub_batch_size: int | None = None
-    """Images a sub-batch: sets the strength whatever the number of workers (16 in the paper)."""
-    way: Literal["fused", "sampled", "reference"] = "fused"
-    sampled: int | None = None
-    """For the sampled way: how many sub-batches a step are penalised (k); null where budget is given."""
-    budget: float | None = None
-    """For the sampled way: penalise as many sub-batches as make a step take so many times a plain one."""
+    """Images per sub-batch (16 in the paper): keeps the strength the same for any number of workers."""
+    estimator: Literal["fused", "sampled", "reference"] = "fused"
+    """fused: loss and penalty over all sub-batches; sampled: the penalty over a random few of them; reference: the loss
+    over the whole batch, as in the authors' release."""
+    num_sampled: int | None = None
+    """For estimator=sampled: penalized sub-batches per step (k); null where overhead_budget is given."""
+    overhead_budget: float | None = None
+    """For estimator=sampled: the largest time of a regularized step relative to a plain one; the number of penalized
+    sub-batches is chosen to keep within it."""
     derivative: Literal["auto", "finite_difference", "exact"] = "auto"
     """The paper's g − h, or its limit αHg; auto: exact in mixed precision, where the difference would be noise."""
-    health_every_steps: int = 0
-    """Steps between comparisons of the two derivatives on one sub-batch (penalty_health); 0: none."""
+    finite_difference_error_every_steps: int = 0
+    """Steps between comparisons of the two derivatives on one sub-batch; 0: none."""
 
     def __post_init__(self) -> None:
         if (self.when == "from_epoch") != (self.epoch is not None):
@@ -190,15 +202,18 @@ class RegularizerSettings:
                 "regularizer: give one of sub_batches and sub_batch_size, "
                 f"got sub_batches={self.sub_batches} and sub_batch_size={self.sub_batch_size}"
             )
-        if (self.sampled is not None) + (self.budget is not None) != (self.way == "sampled"):
+        given = (self.num_sampled is not None) + (self.overhead_budget is not None)
+        if given != (self.estimator == "sampled"):
             raise ValueError(
-                "regularizer: one of sampled and budget goes with way=sampled, and only with it, "
-                f"got way={self.way}, sampled={self.sampled} and budget={self.budget}"
+                "regularizer: one of num_sampled and overhead_budget goes with estimator=sampled, and only with it, "
+                f"got estimator={self.estimator}, num_sampled={self.num_sampled} "
+                f"and overhead_budget={self.overhead_budget}"
             )
-        _require(self.budget is None or self.budget > 1, "regularizer.budget", "above 1", self.budget)
+        budget, every = self.overhead_budget, self.finite_difference_error_every_steps
+        _require(budget is None or budget > 1, "regularizer.overhead_budget", "above 1", budget)
         _require(self.ramp_steps >= 1, "regularizer.ramp_steps", "at least 1", self.ramp_steps)
-        _require(self.health_every_steps >= 0, "regularizer.health_every_steps", "at least 0", self.health_every_steps)
-        for name in ("sub_batches", "sub_batch_size", "sampled"):
+        _require(every >= 0, "regularizer.finite_difference_error_every_steps", "at least 0", every)
+        for name in ("sub_batches", "sub_batch_size", "num_sampled"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"regularizer.{name}", "at least 1", value)
         _require(self.alpha > 0, "regularizer.alpha", "positive", self.alpha)
@@ -212,13 +227,13 @@ class EvaluationSettings:
     """Top-1 and top-5 error on the test images and on the un-augmented training images."""
 
     every_epochs: int = 1
-    """Epochs between evaluations on the test images; 0: at the end only."""
+    """Epochs between evaluations on the test images; 0: only at the end."""
     train_every_epochs: int = 0
-    """Epochs between evaluations on the training images; 0: at the end only."""
+    """Epochs between evaluations on the training images; 0: only at the end."""
     transform: Literal["none", "center_crop"] = "none"
-    """What evaluation and the metric see: the whole image, or its central 7/8, resized to data.image_size."""
+    """Input of evaluation and metric: the whole image, or its central 7/8, resized to data.image_size."""
     batch_size: int = 250
-    """Images a worker evaluates at once."""
+    """Images per batch of a worker."""
 
     def __post_init__(self) -> None:
         for name in ("every_epochs", "train_every_epochs"):
@@ -231,20 +246,21 @@ class MetricSettings:
     """The metric γ̂ (Jia & Su 2020, Eq. 6), on un-augmented training images."""
 
     every_epochs: int | None = None
-    """Epochs between estimates; 0: at the end only; null: as often as ``share`` allows."""
-    share: float = 0.02
-    """Largest share of the run's time that goes to estimates before the end, where every_epochs is null."""
+    """Epochs between estimates; 0: only at the end; null: as often as max_time_fraction allows."""
+    max_time_fraction: float = 0.02
+    """Largest fraction of the run's time spent on estimates before the end, where every_epochs is null."""
     trials: int = 100
     """Trials averaged (T); 0: no metric."""
     samples: int = 100
-    """Training images a trial (N')."""
+    """Training images per trial (N')."""
     images: int = 10_000
-    """The trials' images are drawn from the first so many training images of a fixed shuffle."""
+    """Size of the pool of training images, drawn once, that the trials draw from."""
 
     def __post_init__(self) -> None:
         every = self.every_epochs
         _require(every is None or every >= 0, "metric.every_epochs", "at least 0, or null", every)
-        _require(0 < self.share < 1, "metric.share", "between 0 and 1", self.share)
+        fraction = self.max_time_fraction
+        _require(0 < fraction < 1, "metric.max_time_fraction", "between 0 and 1", fraction)
         _require(self.trials >= 0, "metric.trials", "at least 0", self.trials)
         _require(self.samples >= 2, "metric.samples", "at least 2", self.samples)
         _require(self.images >= self.samples, "metric.images", "at least metric.samples", self.images)
@@ -252,14 +268,14 @@ class MetricSettings:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """What is saved, beside the step at which a run is stopped."""
+    """Checkpoints of a run, in addition to that of the step at which it is stopped."""
 
     every_epochs: int = 1
-    """Epochs between checkpoints; the last epoch's is always written."""
+    """Epochs between checkpoints; the last epoch is always saved."""
     every_steps: int | None = None
     """Steps between checkpoints within an epoch; null: none."""
     keep: int = 2
-    """Checkpoints kept, newest first; the one with the lowest error on the evaluated images is kept as well."""
+    """Number of newest checkpoints kept; the one with the lowest error on the evaluated images is kept as well."""
 
     def __post_init__(self) -> None:
         _require(self.every_epochs >= 1, "checkpoint.every_epochs", "at least 1", self.every_epochs)
@@ -270,12 +286,14 @@ class CheckpointSettings:
 
 @dataclass(frozen=True)
 class TelemetrySettings:
+    """Where metrics go."""
+
     port: int | None = 9500
-    """Prometheus endpoint of local rank 0; every further local rank takes the next port. null: no endpoint."""
+    """Port of the Prometheus endpoint of local rank 0; each further one takes the next. null: no endpoint."""
     address: str = "127.0.0.1"
-    """Address the endpoint binds to; 0.0.0.0 lets other machines scrape it."""
+    """Address that the endpoint binds to; 0.0.0.0 lets other machines scrape it."""
     pushgateway: str | None = None
-    """HOST:PORT of a Pushgateway that gets rank 0's metrics when the run ends; null: none."""
+    """HOST:PORT of a Pushgateway to which rank 0 pushes its metrics when the run ends; null: none."""
 
     def __post_init__(self) -> None:
         valid = self.port is None or 1 <= self.port <= 65535
@@ -288,29 +306,46 @@ class TelemetrySettings:
 class Config:
     """A run."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "data.mixing": "data.shuffle",
+            "data.remainder": "data.drop_last: true for drop, false for keep",
+            "regularizer.way": "regularizer.estimator",
+            "regularizer.sampled": "regularizer.num_sampled",
+            "regularizer.budget": "regularizer.overhead_budget",
+            "regularizer.health_every_steps": "regularizer.finite_difference_error_every_steps",
+            "metric.share": "metric.max_time_fraction",
+            "resume_changed": "allow_config_change",
+            "nonfinite_steps": "max_nonfinite_steps",
+            "stop_seconds": "shutdown_timeout_seconds",
+            "hang_seconds": "hang_timeout_seconds",
+        }
+    )
+
     model: str = "resnet20"
     """A network of infomcr_dist.models, or an import path package.module:function."""
     epochs: int = 10
+    """Passes over the training images."""
     seed: int = 0
-    """Of the weights, the order of the samples, the augmentation and the metric's trials."""
+    """Seed of the weights, the order of the samples, the augmentation and the metric's trials."""
     run_dir: str | None = None
-    """Where the run's files go; null: runs/RECIPE-TIME."""
+    """Directory of the run's files; null: runs/RECIPE-TIME."""
     resume: str | None = None
-    """A run directory or a checkpoint to go on from; auto: go on from run_dir if it holds a checkpoint."""
-    resume_changed: bool = False
-    """Go on even where settings or data are not those of the checkpoint; the differences are named."""
-    nonfinite_steps: int = 10
-    """Steps in a row with a non-finite loss or gradient, each left out on every worker, after which the run ends."""
+    """A run directory or a checkpoint to resume from; auto: from run_dir if it holds a checkpoint."""
+    allow_config_change: bool = False
+    """Whether to resume even where settings or data differ from those of the checkpoint; the differences are logged."""
+    max_nonfinite_steps: int = 10
+    """Consecutive steps with a non-finite loss or gradient, each skipped on every worker, after which the run ends."""
     compare_weights_steps: int = 1000
-    """Steps between comparisons of the workers' weights, which must be equal to the bit; 0: at epochs' ends only."""
-    stop_seconds: float = 25.0
-    """Seconds from the signal to stop to the end of a worker, saved or not; below the grace period of who sends it."""
-    hang_seconds: float | None = 120.0
-    """Seconds after which a worker that stands still, or a silent network, ends the job; null: never."""
+    """Steps between comparisons of the workers' weights, which must be bitwise equal; 0: only at the ends of epochs."""
+    shutdown_timeout_seconds: float = 25.0
+    """Seconds from the signal to stop to a worker's exit, saved or not; less than the sender's grace period."""
+    hang_timeout_seconds: float | None = 120.0
+    """Seconds after which a hanging worker or a silent network ends the job; null: never."""
     pid_dir: str | None = None
-    """Directory for a file rank-LOCAL_RANK.pid of each worker of a host, for who has to signal them; null: none."""
+    """Directory for a file rank-LOCAL_RANK.pid per worker of a host, for whoever must signal it; null: none."""
     threads: int | None = None
-    """Threads a worker computes with on the CPU; null: the machine's cores, shared by the workers on it."""
+    """CPU threads a worker computes with; null: the machine's cores, divided among its workers."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the training passes; bf16: autocast, with weights and their update in fp32."""
     data: DataSettings = field(default_factory=lambda: DataSettings(global_batch_size=128))
@@ -324,11 +359,11 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "epochs", "at least 1", self.epochs)
-        _require(self.nonfinite_steps >= 1, "nonfinite_steps", "at least 1", self.nonfinite_steps)
+        _require(self.max_nonfinite_steps >= 1, "max_nonfinite_steps", "at least 1", self.max_nonfinite_steps)
         _require(self.compare_weights_steps >= 0, "compare_weights_steps", "at least 0", self.compare_weights_steps)
-        _require(self.stop_seconds > 0, "stop_seconds", "positive", self.stop_seconds)
-        hang = self.hang_seconds
-        _require(hang is None or hang >= 2, "hang_seconds", "at least 2, or null", hang)
+        shutdown, hang = self.shutdown_timeout_seconds, self.hang_timeout_seconds
+        _require(shutdown > 0, "shutdown_timeout_seconds", "positive", shutdown)
+        _require(hang is None or hang >= 2, "hang_timeout_seconds", "at least 2, or null", hang)
         _require(self.threads is None or self.threads >= 1, "threads", "at least 1", self.threads)
         late = [m for m in self.schedule.milestones if m >= self.epochs]
         if late:
@@ -340,8 +375,8 @@ class Config:
             )
         if self.resume is not None and self.data.backend == "webdataset":
             raise ValueError(
-                f"resume={self.resume} cannot go on exactly with data.backend=webdataset, whose order is not kept: "
-                "use dali or torch"
+                f"resume={self.resume} cannot resume exactly with data.backend=webdataset, which does not restore the "
+                "order of its samples: use dali or torch"
             )
         if self.resume == "auto" and self.run_dir is None:
             raise ValueError("resume=auto looks for checkpoints in run_dir, got run_dir=null: give run_dir=DIRECTORY")
@@ -349,30 +384,31 @@ class Config:
 
 @dataclass(frozen=True)
 class MeasureSettings:
-    """What infomcr_dist.measure measures of checkpoints, and on what."""
+    """How checkpoints are measured, and on what."""
 
     data: str | None = None
-    """Data set directory; null: the one each model was trained on."""
+    """Data set directory; null: that of each model's training."""
     model: str | None = None
-    """Import path of a network that is not ours, package.module:function; a checkpoint alone has no code imported."""
+    """Import path package.module:function of a network that is not ours; no code is imported on a checkpoint's word."""
     trials: int = 100
     """Trials averaged (T)."""
     samples: int = 100
-    """Training images a trial (N')."""
+    """Training images per trial (N')."""
     images: int = 10_000
-    """Training images the trials are drawn from, and robustness is averaged over."""
+    """Size of the pool of training images that the trials draw from, and over which robustness is averaged."""
     logit_scale: float | None = None
     """Scale each image's logits to logits / (‖logits‖₂ · logit_scale) first, to compare models of unequal training loss
-    (Table 3; 0.04 there); null: leave them."""
+    (Table 3; 0.04 there); null: no scaling."""
     log_volume: float | None = None
-    """ln V of the neighbourhood in Theorem 1; null: that of a ball of a hundredth of the weights' norm."""
+    """ln V of the neighbourhood in Theorem 1; null: that of a ball whose radius is a hundredth of the weights' norm."""
     delta: float = 0.05
     """Theorem 1 holds with probability 1 − delta."""
     seed: int = 0
+    """Seed of the trials."""
     batch_size: int = 250
-    """Images a worker evaluates at once."""
+    """Images per batch of a worker."""
     threads: int | None = None
-    """Threads a worker computes with on the CPU; null: the machine's cores, shared by the workers on it."""
+    """CPU threads a worker computes with; null: the machine's cores, divided among its workers."""
     output: str = "measure"
     """Writes OUTPUT.json and OUTPUT.png."""
 

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from infomcr_dist.config import MetricSettings
-from infomcr_dist.fisher import Estimate, Spectrum, estimate, gradient_gram, robustness, spectrum
+from infomcr_dist.curvature import Estimate, Spectrum, estimate, robustness, spectrum
 from infomcr_dist.functional import Criterion, functional_loss
-from infomcr_dist.world import Solo
-from pipelines import Loader, Part, Split, evaluation_parts
+from infomcr_dist.gram import gradient_gram
+from infomcr_dist.world import World
+from pipelines import Loader, LocalBatch, Split, evaluation_batches
+from pipelines.random_streams import Stream, generator
 
 _ROBUSTNESS_BATCH = 50
 
@@ -30,11 +32,11 @@ class Errors:
     samples: int
 
 
-def evaluate(model: nn.Module, loader: Loader, split: Split, batch_size: int, world: Solo) -> Errors:
+def evaluate(model: nn.Module, loader: Loader, split: Split, batch_size: int, world: World) -> Errors:
     """Errors over the whole split, every image counted once; every worker takes its share and gets the result."""
     totals = [0.0, 0.0, 0.0, 0.0]
     with evaluating(model):
-        for images, labels in loader.batches(evaluation_parts(len(split), batch_size, world.rank, world.size)):
+        for _, images, labels in loader.batches(evaluation_batches(len(split), batch_size, world.rank, world.size)):
             if len(labels):
                 totals = [a + b for a, b in zip(totals, _count(model(images), labels), strict=True)]
     loss, top1, top5, samples = world.sum(totals)
@@ -43,7 +45,7 @@ def evaluate(model: nn.Module, loader: Loader, split: Split, batch_size: int, wo
 
 @dataclass(frozen=True)
 class Curvature:
-    """Means over the trials of what their Gram matrices say (Jia & Su 2020, Sec. 5.3 and 7.1)."""
+    """Means over the trials of what their Gram matrices give (Jia & Su 2020, Sec. 5.3 and 7.1)."""
 
     gamma_hat: Estimate
     frobenius: Estimate
@@ -57,7 +59,7 @@ def estimate_curvature(
     split: Split,
     settings: MetricSettings,
     seed: int,
-    world: Solo,
+    world: World,
     criterion: Criterion = F.cross_entropy,
 ) -> Curvature:
     """γ̂ (Eq. 6) and its companions on un-augmented training images, the same at any number of workers.
@@ -65,14 +67,17 @@ def estimate_curvature(
     Trial t draws its N' = ``settings.samples`` images without replacement by (seed, t) alone, out of the first
     ``settings.images`` of a shuffle by the seed. The workers share the trials out; one number set a trial travels.
     """
-    pool = np.random.default_rng([seed, 0]).permutation(len(split))[: settings.images]
+    pool = generator(Stream.METRIC_POOL, seed).permutation(len(split))[: settings.images]
     samples = min(settings.samples, len(pool))
-    parts = (_trial_part(trial, pool, samples, seed) for trial in range(world.rank, settings.trials, world.size))
+    trials = (_trial_batch(trial, pool, samples, seed) for trial in range(world.rank, settings.trials, world.size))
     with evaluating(model), torch.enable_grad():
         loss_fn = functional_loss(model, criterion)
         params = {name: p.detach() for name, p in model.named_parameters()}
-        mine = [astuple(spectrum(gradient_gram(loss_fn, params, batch))) for batch in loader.batches(parts)]
-    by_rank = world.gather(mine)
+        own = [
+            astuple(spectrum(gradient_gram(loss_fn, params, (images, labels))))
+            for _, images, labels in loader.batches(trials)
+        ]
+    by_rank = world.gather(own)
     spectra = [Spectrum(*by_rank[trial % world.size][trial // world.size]) for trial in range(settings.trials)]
     return Curvature(
         gamma_hat=estimate([s.log_determinant for s in spectra], min(s.smallest_eigenvalue for s in spectra)),
@@ -83,16 +88,16 @@ def estimate_curvature(
 
 
 def estimate_robustness(
-    model: nn.Module, loader: Loader, split: Split, images: int, seed: int, world: Solo
+    model: nn.Module, loader: Loader, split: Split, images: int, seed: int, world: World
 ) -> Estimate:
     """Mean over so many training images of ‖J_x[f_w(x)]‖₂² (Sec. 7.1), each image taken once over all workers."""
-    pool = np.random.default_rng([seed, 0]).permutation(len(split))[:images]
-    parts = (
-        replace(part, samples=pool[part.samples])
-        for part in evaluation_parts(len(pool), _ROBUSTNESS_BATCH, world.rank, world.size)
+    pool = generator(Stream.METRIC_POOL, seed).permutation(len(split))[:images]
+    batches = (
+        replace(batch, samples=pool[batch.samples])
+        for batch in evaluation_batches(len(pool), _ROBUSTNESS_BATCH, world.rank, world.size)
     )
-    mine = [value for batch, _ in loader.batches(parts) for value in robustness(model, batch).tolist()]
-    return estimate([value for values in world.gather(mine) for value in values])
+    own = [value for _, images, _ in loader.batches(batches) for value in robustness(model, images).tolist()]
+    return estimate([value for values in world.gather(own) for value in values])
 
 
 @contextmanager
@@ -114,7 +119,9 @@ def _count(logits: Tensor, labels: Tensor) -> list[float]:
     return [loss.item(), float((~best[:, 0]).sum()), float((~best.any(dim=1)).sum()), float(len(labels))]
 
 
-def _trial_part(trial: int, pool: np.ndarray, samples: int, seed: int) -> Part:
-    chosen = np.random.default_rng([seed, 1, trial]).choice(len(pool), samples, replace=False)
+def _trial_batch(trial: int, pool: np.ndarray, samples: int, seed: int) -> LocalBatch:
+    chosen = generator(Stream.METRIC_TRIAL, seed, trial).choice(len(pool), samples, replace=False)
     positions = np.arange(samples, dtype=np.int64)
-    return Part(epoch=0, step=trial, samples=pool[chosen].astype(np.int64), positions=positions, global_size=samples)
+    return LocalBatch(
+        epoch=0, step=trial, samples=pool[chosen].astype(np.int64), positions=positions, global_size=samples
+    )

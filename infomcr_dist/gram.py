@@ -1,26 +1,34 @@
 """The Gram matrix of per-sample gradients, without ever holding them all (Jia & Su, ICML 2020, Eq. 5)."""
 
+import functools
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from infomcr_dist.functional import (
     Batch,
+    Criterion,
     FunctionalLoss,
     LossFunction,
     Params,
-    evaluation,
-    full_precision,
     functional_loss,
+    gradient,
+    mean_loss,
 )
+from infomcr_dist.gram_layers import LAYERS, Arguments, Outer, Rows
+from infomcr_dist.graph import accumulators, dependencies
+from infomcr_dist.inspection import check_leaves
+from infomcr_dist.precision import full_precision, math_attention
 
 BLOCK_BYTES = 256 * 2**20  # of J held at a time
 CACHE_BYTES = 4 * 2**20  # of a layer's input patches held at a time
@@ -30,43 +38,117 @@ def gradient_gram(loss_fn: LossFunction, params: Params, batch: Batch, chunk: in
     """xi = J J^T, (N, N) float64 (Eq. 5): inner products of the gradients of the N samples of `batch`.
 
     Row n of J is the gradient of `loss_fn(params, (images[n:n+1], labels[n:n+1]))` with respect to `params`; J is never
-    held as a whole. A model behind `functional_loss` runs once, in eval mode (with batch statistics a sample has no
-    gradient of its own): weights of convolutions, linear layers and BatchNorm are taken from each layer's input and
-    output gradient. Any other parameter, and any other `loss_fn`, goes the general way: `chunk` samples (default: all)
-    are differentiated at a time, for as many parameters as fit. Runs outside autocast and with TF32 off.
+    held as a whole. A model behind `functional_loss` runs in eval mode, since with batch statistics a sample has no
+    gradient of its own, and in general once: weights of convolutions, linear layers and BatchNorm are taken from each
+    layer's input and output gradient, any other parameter with `vmap`, for as many at a time as fit. The first time,
+    rows of a few samples are compared with backward passes of their own; parameters for which they differ, or for which
+    `vmap` has no rule, take one backward pass a sample from then on, with a warning. Runs outside autocast and with
+    TF32 off.
 
-    Raises ValueError for an empty batch, labels that do not match, and chunk < 1.
+    Args:
+        loss_fn: A pure loss, a mean over its batch; see `functional_loss`.
+        params: The point w, by name; the gradients are with respect to all of them.
+        batch: images (N, ...) and labels (N, ...).
+        chunk: Samples that are differentiated at a time with `vmap`; all by default.
+
+    Returns:
+        xi, (N, N) float64.
+
+    Raises:
+        ValueError: An empty batch, labels that do not match, chunk < 1, a name that is no parameter's, or BatchNorm
+            with batch statistics in eval mode.
     """
     images, labels = batch
     if len(images) < 1 or len(images) != len(labels):
         raise ValueError(f"batch must hold as many labels as images, at least one, got {len(labels)} and {len(images)}")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
-    leaves = {name: tensor.detach() for name, tensor in params.items()}
-    total = _Sum(images)
-    with full_precision(images.device):
+    with torch.inference_mode(False), torch.enable_grad(), full_precision(images.device), math_attention():
+        batch = images.detach().clone(), labels.detach().clone()
+        leaves = {name: tensor.detach() for name, tensor in params.items()}
+        total = _Sum(images)
         if not isinstance(loss_fn, FunctionalLoss):
             _add_general(total, loss_fn, leaves, list(leaves), batch, chunk)
             return total.gram()
         # p - y of a sample that is fitted well cancels in float32: the loss is taken in float64.
-        precise = functional_loss(loss_fn.model, lambda logits, labels: loss_fn.criterion(logits.double(), labels))
-        with evaluation(loss_fn.model):
-            left = _add_layers(total, precise, leaves, batch)
-            _add_general(total, precise, leaves, left, batch, chunk)
+        criterion = functools.partial(_in_double, loss_fn.criterion)
+        precise = functional_loss(loss_fn.model, criterion, evaluate=True)
+        key = (tuple(params), images.shape, images.dtype)
+        total.routes = loss_fn.routes.get(key) or _Routes(_look(precise, leaves, batch))
+        left = _add_layers(total, precise, leaves, batch)
+        _add_general(total, precise, leaves, left, batch, chunk)
+        loss_fn.routes[key] = replace(total.routes, truth=None)
     return total.gram()
 
 
+def _in_double(criterion: Criterion, output: Any, labels: Tensor) -> Tensor:
+    def double(leaf: Any) -> Any:
+        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return criterion(_mapped(double, output), labels)
+
+
+def _mapped(function: Callable[[Any], Any], output: Any) -> Any:
+    """tree_map, without its cost for the usual output of a model."""
+    return function(output) if isinstance(output, Tensor) else tree_map(function, output)
+
+
+class _Truth(NamedTuple):
+    """Rows of J of a few samples, each from a backward pass of its own."""
+
+    samples: list[int]
+    rows: Params
+    lengths: Tensor
+    """Of the samples' gradients with respect to all parameters."""
+
+    def confirms(self, name: str, rows: Tensor) -> bool:
+        """Whether rows (samples, size of the parameter) are these, but for rounding."""
+        expected = self.rows[name]
+        tolerance = 1e-6 if rows.dtype in (torch.float64, torch.complex128) else 0.01
+        error = (rows - expected).norm(dim=1).double()
+        return bool((error <= tolerance * (expected.norm(dim=1).double() + 1e-3 * self.lengths)).all())
+
+
+def _look(loss_fn: FunctionalLoss, params: Params, batch: Batch) -> _Truth:
+    """Rows of the first, the middle and the last sample.
+
+    Raises:
+        ValueError: The loss uses a parameter that `params` cannot replace.
+    """
+    count = len(batch[0])
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
+    own = {id(parameter) for parameter in loss_fn.model.parameters()}
+    outside = dependencies([loss_fn(leaves, (batch[0][:1], batch[1][:1]))], accumulators(leaves)).leaves
+    check_leaves([leaf for leaf in outside if id(leaf) in own], loss_fn.model)
+    samples = sorted({0, count // 2, count - 1})
+    rows = _rows(loss_fn, params, list(params), batch, samples)
+    squares = [tensor.abs().square().sum(1).double() for tensor in rows.values()]
+    return _Truth(samples, rows, torch.stack(squares).sum(0).sqrt() if squares else torch.zeros(len(samples)))
+
+
+@dataclass
+class _Routes:
+    """How parameters' parts are had; checked against `truth` while there is one."""
+
+    truth: _Truth | None = None
+    layers: Literal["from the first", "from the images", "none"] = "from the first"
+    """Where the backward pass ends that takes the layers' parts, if it does."""
+    no_layer: set[str] = field(default_factory=set)
+    by_sample: set[str] = field(default_factory=set)
+
+
 class _Sum:
-    """The Gram matrix so far, of which the lower triangle is left for the end, and memory that layers use in turn:
+    """The upper triangle of the Gram matrix so far, and memory that layers use in turn:
     fresh blocks of this size cost as much in page faults as the arithmetic in them."""
 
     def __init__(self, like: Tensor) -> None:
         self.samples = len(like)
         self.upper = torch.zeros(self.samples, self.samples, dtype=torch.float64, device=like.device)
         self.buffers: dict[str, Tensor] = {}
+        self.routes = _Routes()
 
     def buffer(self, use: str, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Uninitialised memory, valid until the next request for the same use."""
+        """Uninitialized memory, valid until the next request for the same use."""
         size = math.prod(shape)
         if use not in self.buffers or self.buffers[use].numel() < size or self.buffers[use].dtype != like.dtype:
             self.buffers[use] = like.new_empty(size)
@@ -74,6 +156,7 @@ class _Sum:
 
     def add(self, rows: Tensor) -> None:
         """Add rows rows^T for a block of columns (N, any) of J."""
+        rows = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
         for block in self._thirds():
             self.upper[block, block.start :] += rows[block] @ rows[block.start :].T
 
@@ -113,18 +196,63 @@ class _Sum:
 
 
 def _add_general(
-    total: _Sum, loss_fn: LossFunction, params: Params, names: list[str], batch: Batch, chunk: int | None
+    total: _Sum,
+    loss_fn: LossFunction,
+    params: Params,
+    names: list[str],
+    batch: Batch,
+    chunk: int | None,
 ) -> None:
     """Add the part of the named parameters, from their block of J."""
-    for group in _groups({name: params[name] for name in names}, total.samples):
-        fixed = {name: tensor for name, tensor in params.items() if name not in group}
+    routes = total.routes
+    for group in _groups({name: params[name] for name in names if name not in routes.by_sample}, total.samples):
+        try:
+            found = _vmapped(loss_fn, params, group, batch, chunk)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever vmap meets that it has no rule for
+            routes.by_sample.update(group)
+            continue
+        for name, rows in found.items():
+            if routes.truth is None or routes.truth.confirms(name, rows[routes.truth.samples]):
+                total.add(rows)
+            else:
+                routes.by_sample.add(name)
+    slow = [name for name in names if name in routes.by_sample]
+    if slow and (routes.truth is not None or not isinstance(loss_fn, FunctionalLoss)):
+        warnings.warn(
+            f"the Gram matrix takes one backward pass a sample, which is slow, for {len(slow)} parameters that vmap "
+            f"cannot differentiate, the first of them {slow[0]!r}",
+            stacklevel=4,
+        )
+    for group in _groups({name: params[name] for name in slow}, total.samples):
+        for rows in _rows(loss_fn, params, group, batch, range(total.samples)).values():
+            total.add(rows)
 
-        def sample_loss(chosen: Params, image: Tensor, label: Tensor, fixed: Params = fixed) -> Tensor:
-            return loss_fn(fixed | chosen, (image[None], label[None]))
 
-        per_sample = vmap(grad(sample_loss), in_dims=(None, 0, 0), chunk_size=chunk)
-        for rows in per_sample({name: params[name] for name in group}, *batch).values():
-            total.add(rows.flatten(1))
+def _vmapped(loss_fn: LossFunction, params: Params, names: list[str], batch: Batch, chunk: int | None) -> Params:
+    """Rows (N, size of the parameter) of J, by vmap."""
+    fixed = {name: tensor for name, tensor in params.items() if name not in names}
+
+    def sample_loss(chosen: Params, image: Tensor, label: Tensor) -> Tensor:
+        return loss_fn(fixed | chosen, (image[None], label[None]))
+
+    per_sample = vmap(grad(sample_loss), in_dims=(None, 0, 0), chunk_size=chunk)
+    found: Params = per_sample({name: params[name] for name in names}, *batch)
+    return {name: rows.flatten(1) for name, rows in found.items()}
+
+
+def _rows(loss_fn: LossFunction, params: Params, names: list[str], batch: Batch, samples: Sequence[int]) -> Params:
+    """Rows (samples, size of the parameter) of J, by one backward pass a sample."""
+    images, labels = batch
+    leaves = {name: params[name].detach().requires_grad_() for name in names}
+    rows = {name: tensor.new_zeros(len(samples), tensor.numel()) for name, tensor in leaves.items()}
+    for i, n in enumerate(samples):
+        loss = loss_fn(params | leaves, (images[n : n + 1], labels[n : n + 1]))
+        if loss.requires_grad:
+            for name, tensor in gradient(loss, leaves).items():
+                rows[name][i] = tensor.detach().flatten()
+    return {name: tensor.detach() for name, tensor in rows.items()}
 
 
 def _groups(params: Params, samples: int) -> Iterator[list[str]]:
@@ -142,27 +270,48 @@ def _groups(params: Params, samples: int) -> Iterator[list[str]]:
         yield group
 
 
-Arguments = dict[str, Any]
-CONVOLUTION = {"stride": 1, "padding": 0, "dilation": 1}
-
-
 def _add_layers(total: _Sum, loss_fn: FunctionalLoss, params: Params, batch: Batch) -> list[str]:
     """Add the parts of all parameters that layers account for; the names of the others."""
+    routes = total.routes
+    while routes.layers != "none":
+        try:
+            done = _layers_done(total, loss_fn, params, batch, routes.layers == "from the images")
+            return [name for name in params if name not in done]
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # checkpoints see another graph when they run again, if it does not begin at the images
+            routes.layers = "from the images" if routes.layers == "from the first" else "none"
+            total.upper.zero_()
+    return list(params)
+
+
+def _layers_done(total: _Sum, loss_fn: FunctionalLoss, params: Params, batch: Batch, from_images: bool) -> set[str]:
     images, labels = batch
+    network = loss_fn.at(params)
+    first = images.clone().requires_grad_(from_images)
     with _Layers(total, params) as layers:
-        logits = loss_fn.logits(params, images)
-    if layers.starts:
-        losses = [loss_fn.criterion(logits[n : n + 1], labels[n : n + 1]) for n in range(len(images))]
-        torch.autograd.grad(torch.stack(losses).sum(), layers.starts, allow_unused=True)
-    return [name for name in params if name not in layers.done]
+        output = network.model(first.clone())
+    starts = [first] if from_images else layers.starts
+    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    if starts and tensors and all(tensor.dim() and len(tensor) == len(images) for tensor in tensors):
+        losses = [mean_loss(network.criterion, _sample(output, n), labels[n : n + 1]) for n in range(len(images))]
+        torch.autograd.grad(torch.stack(losses).sum(), starts, allow_unused=True)
+    done: set[str] = layers.done
+    return done
+
+
+def _sample(output: Any, n: int) -> Any:
+    """What a model returns, of one sample."""
+    return _mapped(lambda leaf: leaf[n : n + 1] if isinstance(leaf, Tensor) else leaf, output)
 
 
 class _Layers(TorchFunctionMode):
     """Watches a forward pass for the functions in LAYERS, whose per-sample parameter gradients follow from their input
     and output gradient, and adds the part of each to `total` when the backward pass reaches it.
 
-    `uses` counts the calls that take a parameter: one used twice, or by another function, is left to the general way.
-    Afterwards `done` names the parameters that were added. The backward pass ends at `starts`.
+    `uses` counts the calls that take a parameter: one used twice, or by another function, is left to `_add_general`,
+    and so is one for which rows of dimension 0 turn out not to belong to the samples. Afterwards `done` names the
+    parameters that were added. The backward pass ends at `starts`.
     """
 
     def __init__(self, total: _Sum, params: Params) -> None:
@@ -177,16 +326,19 @@ class _Layers(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Arguments | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        layer = LAYERS.get(function)
+        arguments = dict(zip(layer.names, args, strict=False)) | kwargs if layer else {}
+        if function is F.batch_norm and arguments.get("training"):
+            raise ValueError(
+                "BatchNorm must use running statistics in eval mode: with those of the batch "
+                "(track_running_stats=False) a sample has no gradient of its own"
+            )
         result = function(*args, **kwargs)
         used = [self.names[id(leaf)] for leaf in tree_leaves((args, kwargs)) if id(leaf) in self.names]
-        if not used or not isinstance(result, Tensor):
+        if not used or _is_metadata(result):
             return result
         self.uses.update(used)
-        if function not in LAYERS:
-            return result
-        names, covers, add_weight = LAYERS[function]
-        arguments = dict(zip(names, args, strict=False)) | kwargs
-        if not covers(arguments) or len(result) != self.total.samples:
+        if layer is None or not layer.covers(arguments) or len(result) != self.total.samples:
             return result
         if not result.requires_grad:
             self.starts.append(result.requires_grad_())
@@ -194,12 +346,10 @@ class _Layers(TorchFunctionMode):
 
         def add(output_gradient: Tensor) -> None:
             if name := self._once(arguments["weight"]):
-                add_weight(self.total, arguments, output_gradient)
-                self.done.add(name)
+                self._add(name, layer.parts(self.total, arguments, output_gradient))
             if name := self._once(arguments.get("bias")):
                 channels = output_gradient.movedim(-1, 1) if function is F.linear else output_gradient
-                self.total.add(channels.reshape(*channels.shape[:2], -1).sum(2))
-                self.done.add(name)
+                self._add(name, [Rows(channels.reshape(*channels.shape[:2], -1).sum(2))])
             arguments.clear()  # the graph keeps this function, and it the input
 
         result.register_hook(add)
@@ -207,69 +357,24 @@ class _Layers(TorchFunctionMode):
 
     def _once(self, tensor: Tensor | None) -> str | None:
         name = self.names.get(id(tensor))
-        return name if name is not None and self.uses[name] == 1 else None
+        return name if name is not None and self.uses[name] == 1 and name not in self.total.routes.no_layer else None
+
+    def _add(self, name: str, parts: list[Rows | Outer]) -> None:
+        if truth := self.total.routes.truth:
+            rows = torch.stack([torch.cat([part.row(n) for part in parts]) for n in truth.samples])
+            if not truth.confirms(name, rows):
+                self.total.routes.no_layer.add(name)
+                return
+        for part in parts:
+            part.add_to(self.total)
+        self.done.add(name)
 
 
-def _add_convolution(total: _Sum, arguments: Arguments, output_gradient: Tensor) -> None:
-    weight, outputs = arguments["weight"], output_gradient.flatten(2)
-    stride, padding, dilation = (_pair(arguments.get(name, default)) for name, default in CONVOLUTION.items())
-    padded = arguments["input"]
-    if any(padding):
-        padded = F.pad(padded, (padding[1], padding[1], padding[0], padding[0]))
-    groups = arguments.get("groups", 1)
-    shape = (padded.shape[1] // groups, *weight.shape[2:], *output_gradient.shape[2:])
-    strides = [*padded.stride(), *padded.stride()[2:]]
-    for axis in (0, 1):
-        strides[2 + axis] *= dilation[axis]
-        strides[4 + axis] *= stride[axis]
-    for images, gradients in zip(padded.chunk(groups, dim=1), outputs.chunk(groups, dim=1), strict=True):
-
-        def patches(some: slice, images: Tensor = images) -> Tensor:
-            chosen = images[some]
-            windows = chosen.as_strided((len(chosen), *shape), strides, chosen.storage_offset())
-            copies = total.buffer("patches", windows.shape, chosen).copy_(windows)
-            return copies.view(len(chosen), -1, outputs.shape[2])
-
-        total.add_outer(patches, gradients)
+_METADATA = (bool, int, float, str, torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
-def _add_linear(total: _Sum, arguments: Arguments, output_gradient: Tensor) -> None:
-    inputs, outputs = (
-        tensor.reshape(total.samples, -1, tensor.shape[-1]).mT for tensor in (arguments["input"], output_gradient)
-    )
-    total.add_outer(lambda some: inputs[some], outputs)
-
-
-def _add_batch_norm(total: _Sum, arguments: Arguments, output_gradient: Tensor) -> None:
-    mean, variance = arguments["running_mean"], arguments["running_var"]
-    inputs, outputs = (tensor.reshape(*tensor.shape[:2], -1) for tensor in (arguments["input"], output_gradient))
-    products = torch.einsum("ncp,ncp->nc", inputs, outputs)
-    total.add((products - mean * outputs.sum(2)) / (variance + arguments.get("eps", 1e-5)).sqrt())
-
-
-def _pair(value: int | Sequence[int]) -> Sequence[int]:
-    return (value, value) if isinstance(value, int) else value if len(value) == 2 else (value[0], value[0])
-
-
-def _covers_convolution(arguments: Arguments) -> bool:
-    return arguments["input"].dim() == 4 and not isinstance(arguments.get("padding"), str)
-
-
-def _covers_batch_norm(arguments: Arguments) -> bool:
-    return not arguments.get("training") and arguments.get("weight") is not None
-
-
-# Function: names of its positional arguments, which calls are covered, what adds the part of the weight.
-LAYERS: dict[Any, tuple[list[str], Callable[[Arguments], bool], Callable[[_Sum, Arguments, Tensor], None]]] = {
-    torch.conv2d: (
-        ["input", "weight", "bias", "stride", "padding", "dilation", "groups"],
-        _covers_convolution,
-        _add_convolution,
-    ),
-    F.linear: (["input", "weight", "bias"], lambda arguments: arguments["input"].dim() > 1, _add_linear),
-    F.batch_norm: (
-        ["input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"],
-        _covers_batch_norm,
-        _add_batch_norm,
-    ),
-}
+def _is_metadata(result: Any) -> bool:
+    """Whether a result describes a tensor, such as its shape, rather than passing it on."""
+    if isinstance(result, tuple | list):
+        return all(isinstance(item, _METADATA) for item in result)
+    return isinstance(result, _METADATA)

@@ -1,17 +1,19 @@
 """Measure trained models: γ̂ and the other metrics of the paper, errors, and the generalization bound.
 
-    python -m infomcr_dist.measure CHECKPOINT [CHECKPOINT …] [key=value …]
-    horovodrun -np 8 python -m infomcr_dist.measure CHECKPOINT [CHECKPOINT …] [key=value …]
+    infomcr measure CHECKPOINT [CHECKPOINT …] [key=value …]
+    horovodrun -np 8 infomcr measure CHECKPOINT [CHECKPOINT …] [key=value …]
 
 A checkpoint is a file or a run directory (its newest). Prints a table, best γ̂ first, and writes it as JSON and as a
-picture. The workers share the work; the numbers do not depend on how many there are. Exit codes as of train.
+picture. The workers share the work; the numbers do not depend on how many there are.
+
+Exit code 0: measured; 2: a mistake in the settings, or a checkpoint or data that cannot be read, reported in one line;
+1: anything else.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,16 +23,20 @@ import numpy as np
 import torch
 
 from infomcr_dist import checkpoint, models
+from infomcr_dist.checks import Derivative
+from infomcr_dist.cli import MEASURE
 from infomcr_dist.config import Config, MeasureSettings, MetricSettings
+from infomcr_dist.curvature import Bound, Estimate, estimate, gamma, generalization_bound, logit_scaled
+from infomcr_dist.engines import run_in_world
 from infomcr_dist.evaluate import Curvature, Errors, estimate_curvature, estimate_robustness, evaluate
-from infomcr_dist.fisher import Bound, Estimate, estimate, gamma, generalization_bound, logit_scaled
+from infomcr_dist.experiment import compute_threads, eval_loader_config, measured_images, open_data, select_splits
 from infomcr_dist.functional import dot, functional_loss, trainable_parameters
-from infomcr_dist.options import from_dict, load_config
-from infomcr_dist.regularizer import Derivative, sub_batch_penalty
-from infomcr_dist.run import EMBEDDED, measured_images, select_splits
-from infomcr_dist.telemetry import finite
-from infomcr_dist.world import Solo, connect, report_and_leave
-from pipelines import Loader, Part, Split, open_dataset, open_loader
+from infomcr_dist.records import finite
+from infomcr_dist.regularizer import sub_batch_penalty
+from infomcr_dist.world import World
+from pipelines import Loader, LocalBatch, Split, open_dataset, open_loader
+from pipelines.options import from_dict, load
+from pipelines.random_streams import Stream, generator, torch_seed
 
 _PENALTY_BATCHES = 10
 _SUB_BATCHES = 8
@@ -56,52 +62,39 @@ class Measurement:
     bound: Bound
 
 
-def measure(path: Path, settings: MeasureSettings, world: Solo) -> Measurement:
+def measure(path: Path, settings: MeasureSettings, world: World) -> Measurement:
     """All metrics of a checkpoint. Raises `UserError` on every worker if it or its data cannot be read by one."""
-    with world.together():
+    with world.synchronize_errors():
         path, state = checkpoint.load_newest(path, lambda text: print(text, file=sys.stderr, flush=True))
         config = from_dict(Config, state["config"])
         if ":" in config.model and config.model != settings.model:
             raise ValueError(
                 f"model: {path} has {config.model} imported: give model={config.model} if that code is yours"
             )
-        model = models.build(config.model, classes=len(state["classes"]), image_size=state["image_size"])
+        image_size = state["image_size"]
+        model = models.build(config.model, classes=len(state["classes"]), image_size=image_size)
         checkpoint.restore_weights(model, state, path)
         model.to(world.device).eval()
-        dataset = open_dataset(settings.data or (EMBEDDED if config.data.path == "fashion-mnist" else config.data.path))
+        dataset = open_dataset(settings.data) if settings.data else open_data(config.data.path)
         if dataset.classes != state["classes"]:
             raise ValueError(f"data: {dataset.path} has other classes than {path} was trained on: give data=DIRECTORY")
         splits = select_splits(config, dataset)
-        train_images, test_images = (
-            open_loader(
-                splits[name],
-                backend="torch" if config.data.backend == "webdataset" else config.data.backend,
-                augmentation=config.evaluation.transform,
-                size=state["image_size"],
-                mean=dataset.mean,
-                std=dataset.std,
-                seed=settings.seed,
-                batch_size=max(
-                    settings.batch_size, settings.samples, _SUB_BATCHES * (config.regularizer.sub_batch_size or 0)
-                ),
-                device=world.device,
-                threads=config.data.threads,
-                prefetch=config.data.prefetch,
-            )
-            for name in ("train", "test")
-        )
+        penalty_batch = _SUB_BATCHES * (config.regularizer.sub_batch_size or 0)
+        batch_size = max(settings.batch_size, settings.samples, penalty_batch)
+        loader_config = eval_loader_config(config, dataset, image_size, batch_size, world)
+        train_loader, test_loader = (open_loader(splits[name], loader_config) for name in ("train", "test"))
     train, test = splits["train"], splits["test"]
     measured = measured_images(config, train)
     metric = MetricSettings(trials=settings.trials, samples=settings.samples, images=settings.images)
     criterion = torch.nn.functional.cross_entropy
     scaled = criterion if settings.logit_scale is None else logit_scaled(criterion, settings.logit_scale)
-    train_errors = evaluate(model, train_images, train, settings.batch_size, world)
-    test_errors = evaluate(model, test_images, test, settings.batch_size, world)
-    curvature = estimate_curvature(model, train_images, measured, metric, settings.seed, world, scaled)
-    robustness = estimate_robustness(model, train_images, measured, settings.images, settings.seed, world)
-    penalty = penalty_share(model, train_images, train, config, settings.seed, world)
-    train_images.close()
-    test_images.close()
+    train_errors = evaluate(model, train_loader, train, settings.batch_size, world)
+    test_errors = evaluate(model, test_loader, test, settings.batch_size, world)
+    curvature = estimate_curvature(model, train_loader, measured, metric, settings.seed, world, scaled)
+    robustness = estimate_robustness(model, train_loader, measured, settings.images, settings.seed, world)
+    penalty = penalty_share(model, train_loader, train, config, settings.seed, world)
+    train_loader.close()
+    test_loader.close()
     parameters = sum(p.numel() for p in model.parameters())
     log_volume = settings.log_volume
     if log_volume is None:
@@ -124,7 +117,7 @@ def measure(path: Path, settings: MeasureSettings, world: Solo) -> Measurement:
 
 
 def penalty_share(
-    model: torch.nn.Module, loader: Loader, train: Split, config: Config, seed: int, world: Solo
+    model: torch.nn.Module, loader: Loader, train: Split, config: Config, seed: int, world: World
 ) -> Estimate | None:
     """How large the penalty's part of a step is at these weights: β‖(1/M) Σ (g_i − h_i)‖ / ‖(1/M) Σ g_i‖.
 
@@ -138,25 +131,25 @@ def penalty_share(
         return None
     positions = np.arange(count * size)
 
-    def part(trial: int) -> Part:
-        samples = np.random.default_rng([seed, 2, trial]).choice(len(train), count * size, replace=False)
-        return Part(0, trial, samples, positions, len(samples))
+    def batch(trial: int) -> LocalBatch:
+        samples = generator(Stream.PENALTY_SHARE, seed, trial).choice(len(train), count * size, replace=False)
+        return LocalBatch(0, trial, samples, positions, len(samples))
 
-    mine = []
+    own = []
     training = model.training
     model.train()
     loss_fn, params = functional_loss(model), trainable_parameters(model)
     trials = range(world.rank, _PENALTY_BATCHES, world.size)
-    for trial, (images, labels) in zip(trials, loader.batches(map(part, trials)), strict=True):
-        torch.manual_seed(seed + trial)  # of dropout
+    for trial, (_, images, labels) in zip(trials, loader.batches(map(batch, trials)), strict=True):
+        torch.manual_seed(torch_seed(Stream.PENALTY_SHARE, seed, trial))  # of dropout
         sub_batches = list(zip(images.split(size), labels.split(size), strict=True))
         with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
             derivative: Derivative = "exact" if half else "finite_difference"
             result = sub_batch_penalty(loss_fn, params, sub_batches, settings.alpha, derivative)
         penalty, loss = (float(dot(g, g).sqrt()) for g in (result.penalty_gradient, result.loss_gradient))
-        mine.append(settings.beta * penalty / loss if loss else math.nan)
+        own.append(settings.beta * penalty / loss if loss else math.nan)
     model.train(training)
-    by_rank = world.gather(mine)
+    by_rank = world.gather(own)
     return estimate([by_rank[trial % world.size][trial // world.size] for trial in range(_PENALTY_BATCHES)])
 
 
@@ -180,7 +173,7 @@ def table(rows: list[Measurement], settings: MeasureSettings) -> str:
         g, b = row.curvature.gamma_hat, row.bound
         if g.singular:
             lines.append(
-                f"{row.path}: {g.singular} of {g.trials} Gram matrices are not positive definite and left out "
+                f"{row.path}: {g.singular} of {g.trials} Gram matrices are not positive definite, excluded "
                 f"(smallest eigenvalue of ξ/N': {g.smallest_eigenvalue:.3g})"
             )
         if row.penalty is not None:
@@ -218,24 +211,20 @@ def draw(rows: list[Measurement], path: Path) -> None:
 
 def main(arguments: list[str]) -> int:
     """The command; returns the exit code."""
-    world = connect()
-    try:
-        settings = MeasureSettings()
-        paths = [Path(a) for a in arguments if "=" not in a]
-        with world.together():
-            settings = load_config(MeasureSettings, None, [a for a in arguments if "=" in a])
-            if not paths:
-                raise ValueError("give a checkpoint or a run directory: python -m infomcr_dist.measure CHECKPOINT …")
-        torch.set_num_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
-        rows = sorted((measure(path, settings, world) for path in paths), key=lambda r: r.curvature.gamma_hat.mean)
-        with world.together():
+
+    def body(world: World) -> int:
+        with world.synchronize_errors():
+            paths, overrides = MEASURE.parse(arguments)
+            settings = load(MeasureSettings, None, overrides)
+        torch.set_num_threads(compute_threads(settings.threads, world.local_size))
+        measured = (measure(Path(path), settings, world) for path in paths)
+        rows = sorted(measured, key=lambda row: row.curvature.gamma_hat.mean)
+        with world.synchronize_errors():
             if world.rank == 0:
                 _write(rows, settings)
-    except world.ends as error:
-        return report_and_leave(world, error)
-    world.barrier()
-    world.close()
-    return 0
+        return 0
+
+    return run_in_world(body)
 
 
 def _write(rows: list[Measurement], settings: MeasureSettings) -> None:

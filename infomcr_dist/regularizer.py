@@ -9,15 +9,22 @@ The size of a sub-batch is part of the strength: E|g_i|^2 = |g|^2 + tr(Sigma) / 
 gradients of single images. Keep `sub_batch_size` rather than `sub_batches` when the number of workers changes.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parallel import DistributedDataParallel
 
+from infomcr_dist.checks import (
+    Derivative,
+    check_derivative,
+    check_numbers,
+    check_step,
+    devices,
+    sub_batch_count,
+)
+from infomcr_dist.criteria import shares
 from infomcr_dist.functional import (
     Batch,
     Criterion,
@@ -26,15 +33,15 @@ from infomcr_dist.functional import (
     Params,
     add_scaled,
     dot,
-    full_precision,
-    functional_loss,
     gradient,
     moved,
     trainable_parameters,
 )
+from infomcr_dist.inspection import resolve_derivative, second_derivatives
+from infomcr_dist.passes import Passes, hooks_once, repeatable, unwrapped
+from infomcr_dist.precision import full_precision, math_attention
 
-Derivative = Literal["finite_difference", "exact"]
-Way = Literal["fused", "sampled", "reference"]
+Estimator = Literal["fused", "sampled", "reference"]
 
 
 class SubBatchPenalty(NamedTuple):
@@ -47,7 +54,7 @@ class SubBatchPenalty(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Loss L and penalty R of a step: detached scalars, without the factors beta and weight."""
+    """Loss L and penalty R of a step: detached scalars, not multiplied by beta or loss_scale."""
 
     loss: Tensor
     penalty: Tensor
@@ -62,15 +69,25 @@ def sub_batch_penalty(
 ) -> SubBatchPenalty:
     """Mean loss and penalty R of the sub-batches at `params`, and their gradients (Eq. 7). A pure function.
 
-    `loss_fn(params, batch)` is a scalar (see `functional_loss`); the gradients are with respect to all of `params`.
-    "finite_difference" is the paper's g_i - h_i, computed outside autocast and with TF32 off, where it is noise.
-    "exact" is its limit alpha H_i g_i, by a Hessian-vector product, with the penalty alpha |g_i|^2.
+    Args:
+        loss_fn: `loss_fn(params, batch)` is a scalar; see `functional_loss`.
+        params: The point w, by name; the gradients are with respect to all of them.
+        sub_batches: The B_i, each (images, labels).
+        alpha: Length of the step w - alpha g_i.
+        derivative: "finite_difference" is the paper's g_i - h_i, computed outside autocast and with TF32 off, where it
+            is noise. "exact" is its limit alpha H_i g_i, by a Hessian-vector product, with the penalty alpha |g_i|^2.
 
-    Raises ValueError for no sub-batch, alpha <= 0, or finite differences of parameters of less than 32 bits.
+    Returns:
+        The loss, the penalty, and the gradient of each.
+
+    Raises:
+        ValueError: No sub-batch, alpha <= 0, or finite differences of parameters of less than 32 bits.
     """
     if not sub_batches:
         raise ValueError("sub_batches must hold at least one batch, got none")
-    _check(alpha, derivative, params)
+    check_derivative(alpha, derivative, params)
+    if isinstance(loss_fn, FunctionalLoss):
+        resolve_derivative(derivative, alpha, loss_fn.model, loss_fn.criterion, params, sub_batches[0])
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
     losses: list[Tensor] = []
     penalties: list[Tensor] = []
@@ -78,9 +95,16 @@ def sub_batch_penalty(
     penalty_gradient: Params = {}
     scale = 1 / len(sub_batches)
     for batch in sub_batches:
+
+        def perturbed(g: Params, batch: Batch = batch) -> Tensor:
+            return loss_fn(moved(leaves, g, alpha), batch)
+
         with _precision(derivative, leaves):
-            sub = _evaluate(loss_fn, loss_fn, leaves, batch, alpha, derivative)
-            add_scaled(penalty_gradient, gradient(sub.surrogate, leaves), scale)
+            with _repeated(derivative, leaves):
+                loss = loss_fn(leaves, batch)
+            sub = _evaluate(loss, perturbed, leaves, alpha, derivative, nullcontext())
+            with _exact(derivative):
+                add_scaled(penalty_gradient, gradient(sub.surrogate, leaves), scale)
             if derivative == "finite_difference":
                 add_scaled(penalty_gradient, sub.gradient, scale)
             add_scaled(loss_gradient, sub.gradient, scale)
@@ -89,15 +113,24 @@ def sub_batch_penalty(
     return SubBatchPenalty(torch.stack(losses).mean(), torch.stack(penalties).mean(), loss_gradient, penalty_gradient)
 
 
-def health(loss_fn: LossFunction, params: Params, sub_batch: Batch, alpha: float) -> float:
-    """How far the two derivatives of the penalty disagree on one sub-batch: |(g - h) - alpha H g| / |alpha H g|.
+def finite_difference_error(loss_fn: LossFunction, params: Params, sub_batch: Batch, alpha: float) -> float:
+    """Relative error of the penalty's finite difference on one sub-batch: |(g - h) - alpha H g| / |alpha H g|.
 
-    Small where the finite difference means what it should. Rounding raises it, and so do the kinks of ReLU, at which
-    alpha H g is not its limit; far above 1 the penalty is noise. Costs five passes and changes nothing.
+    Rounding raises it, and so do the kinks of ReLU, where alpha H g is not the limit of g - h. Far above 1 the penalty
+    is noise. Costs five passes over the sub-batch and changes nothing.
+
+    Args:
+        loss_fn: `loss_fn(params, batch)` is a scalar; see `functional_loss`.
+        params: The point w, by name.
+        sub_batch: One (images, labels).
+        alpha: Length of the step w - alpha g.
+
+    Raises:
+        ValueError: As `sub_batch_penalty`.
     """
-    with _repeatable(_device(params)):
+    with repeatable(devices(params)):
         difference = sub_batch_penalty(loss_fn, params, [sub_batch], alpha, "finite_difference").penalty_gradient
-    with _repeatable(_device(params)):
+    with repeatable(devices(params)):
         exact = sub_batch_penalty(loss_fn, params, [sub_batch], alpha, "exact").penalty_gradient
     size = dot(exact, exact).sqrt()
     add_scaled(difference, exact, -1.0)
@@ -114,71 +147,90 @@ def regularized_backward(
     beta: float,
     sub_batches: int | None = None,
     sub_batch_size: int | None = None,
-    way: Way = "fused",
-    sampled: int | None = None,
+    estimator: Estimator = "fused",
+    num_sampled: int | None = None,
     derivative: Derivative | Literal["auto"] = "auto",
-    weight: float = 1.0,
+    loss_scale: float = 1.0,
     max_batch_size: int | None = None,
 ) -> Losses:
-    """Add the gradient of weight * (L + beta R) to `p.grad`, in place of `loss.backward()` (Algorithm 1).
+    """Add the gradient of loss_scale * (L + beta R) to `p.grad`, in place of `loss.backward()` (Algorithm 1).
 
-    `images` (B, ...) and `labels` (B, ...) are split into `sub_batches` equal contiguous sub-batches, or into those of
-    `sub_batch_size` images; give one of the two. `criterion(logits, labels)` is a mean over its batch.
+    The parameters themselves are never changed: the pass at w - alpha g_i runs on a copy of the modules (see
+    `replica`), from the state that the pass at w started from, with the same random numbers. Hooks on gradients fire
+    once each, in the last backward, with the whole gradient: Horovod and DistributedDataParallel send what a plain step
+    sends. State of the model and the criterion moves once, in the passes at w; running statistics of BatchNorm move
+    once per image, with the horizon of a plain step.
 
-    way:
-      "fused"      two passes over the batch; L is the mean of the sub-batch losses.
-      "sampled"    1 + k/M passes: the penalty of k = `sampled` of the M sub-batches, drawn afresh each call from
-                   torch's CPU generator and weighted M/k: unbiased; the other sub-batches take one plain pass.
-      "reference"  three passes; L is the loss of the whole batch in a pass of its own.
-    derivative:
-      "finite_difference"  the paper's g_i - h_i; its passes run outside autocast with TF32 off, where it is noise.
-      "exact"              its limit alpha H_i g_i.
-      "auto"               "exact" under autocast or for parameters of less than 32 bits, else "finite_difference".
-    max_batch_size: images that pass through the network at once where no sub-batch does: the sampled way's other
-      sub-batches, the reference's whole batch. More are taken in pieces, whose gradients add up.
+    The first call with a model and a criterion looks at two more forward passes of copies over one sub-batch (see
+    `inspect`). docs/library.md has the table of what is exact, what is refused and why.
 
-    The parameters themselves are never changed. Hooks on their gradients fire once each, in the last backward, when
-    p.grad holds everything else: Horovod and DistributedDataParallel send what a plain step sends. Running statistics
-    of BatchNorm move once per image, from the unperturbed weights, with the horizon of a plain step. Dropout, and
-    whatever else draws from torch's generators, is the same in both passes over a sub-batch.
+    Args:
+        model: Maps images to what `criterion` takes; may be wrapped in DistributedDataParallel.
+        criterion: `criterion(logits, labels)`, a mean over its batch.
+        images: (B, ...), the local batch.
+        labels: (B, ...).
+        alpha: Length of the step w - alpha g_i; 1e-4 in the paper.
+        beta: Weight of the penalty R.
+        sub_batches: M, the number of equal contiguous sub-batches; give this or `sub_batch_size`.
+        sub_batch_size: Images in a sub-batch, B / M.
+        estimator: How L and R are estimated.
+            "fused": two passes over the batch; L is the mean of the sub-batch losses.
+            "sampled": 1 + k/M passes: the penalty of k = `num_sampled` of the M sub-batches, drawn afresh each call
+            from torch's CPU generator and weighted M/k, which is unbiased; the other sub-batches take one plain pass.
+            "reference": three passes; L is the loss of the whole batch in a pass of its own.
+        num_sampled: k, for estimator="sampled".
+        derivative: How the penalty is differentiated.
+            "finite_difference": the paper's g_i - h_i; its passes run outside autocast with TF32 off, where it is
+            noise.
+            "exact": its limit alpha H_i g_i.
+            "auto": "exact" under autocast, for parameters of less than 32 bits and in a model that computes with less
+            by itself, else "finite_difference"; also where torch has the second derivative wrong, with a warning.
+        loss_scale: Factor of the whole gradient.
+        max_batch_size: Images that pass through the network at once where no sub-batch does: the sampled estimator's
+            other sub-batches, the reference's whole batch. More are taken in pieces, whose gradients add up.
 
-    Raises ValueError for settings that do not fit, before anything is computed.
+    Returns:
+        L and R, without loss_scale and beta.
+
+    Raises:
+        ValueError: In one line, settings, models, losses and batches that do not fit; p.grad is then as it was.
     """
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    inner = unwrapped(model)
     params = trainable_parameters(inner)
-    if not params:
-        raise ValueError("model must have parameters that require a gradient, got none")
-    if derivative == "auto":
-        derivative = "exact" if _autocast(params) or _low_precision(params) else "finite_difference"
-    _check(alpha, derivative, params)
-    _check_modules(model, criterion, derivative)
-    count = _sub_batch_count(len(images), sub_batches, sub_batch_size)
-    split = _split(images, labels, count, way, sampled)
-    penalty_weight = beta / len(split.penalized)
+    check_step(model, criterion, images, labels, params)
+    check_numbers(max_batch_size, beta=beta, loss_scale=loss_scale)
+    count = sub_batch_count(len(images), sub_batches, sub_batch_size)
+    split = _split(images, labels, criterion, count, estimator, num_sampled)
+    resolved = resolve_derivative(derivative, alpha, inner, criterion, params, split.penalized[0])
 
+    passes = Passes(model, criterion, params)
+    # The whole-batch loss of "reference" moves the state of the model; its sub-batches do not.
+    fraction = None if estimator == "reference" else 1 / count
+    settled = passes.settled if fraction and resolved == "exact" else nullcontext
     total: Params = {}
     loss = torch.zeros((), device=images.device)
     penalty = torch.zeros((), device=images.device)
-    for i, batch in enumerate(split.penalized):
-        last = split.rest is None and i == len(split.penalized) - 1
-        module = model if last else inner
-        perturbed = _pure_loss(module, criterion)
-        unperturbed = perturbed if way == "reference" else _tracked_loss(module, criterion, 1 / count, counted=last)
-        with _precision(derivative, params):
-            sub = _evaluate(unperturbed, perturbed, params, batch, alpha, derivative)
-            loss = loss + split.loss_weight * sub.loss
-            penalty = penalty + sub.penalty / len(split.penalized)
-            known = split.loss_weight + (penalty_weight if derivative == "finite_difference" else 0.0)
-            add_scaled(total, sub.gradient, weight * known)
-            objective = weight * penalty_weight * sub.surrogate
-            del sub  # frees g_i before the backward pass
-            if last:
-                _accumulate(params, total)
-                objective.backward()
-            else:
-                add_scaled(total, gradient(objective, params), 1.0)
-    if split.rest is not None:
-        loss = loss + _plain(model, criterion, params, split.rest, total, weight, split.rest_weight, max_batch_size)
+    with hooks_once(params) as release:
+        for i, (batch, relative) in enumerate(zip(split.penalized, split.relative, strict=True)):
+            last = split.rest is None and i == len(split.penalized) - 1
+            penalty_weight = beta / len(split.penalized) * relative
+            with _precision(resolved, params):
+                sub = _sub_batch(passes, batch, alpha, resolved, fraction, total if last else None)
+                loss = loss + _weighted(split.loss_weight * relative, sub.loss)
+                penalty = penalty + _weighted(relative / len(split.penalized), sub.penalty)
+                known = split.loss_weight * relative + (penalty_weight if resolved == "finite_difference" else 0.0)
+                add_scaled(total, sub.gradient, loss_scale * known)
+                objective, at = loss_scale * penalty_weight * sub.surrogate, sub.at
+                del sub  # frees g_i before the backward pass
+                with _exact(resolved), settled():
+                    if last:
+                        _accumulate(params, release(total))
+                        objective.backward()
+                    else:
+                        add_scaled(total, gradient(objective, at), 1.0)
+                del objective, at  # frees the moved weights before the next pass
+        if split.rest is not None:
+            loss = loss + _plain(passes, split, total, release, loss_scale, max_batch_size)
     return Losses(loss, penalty)
 
 
@@ -188,46 +240,111 @@ def plain_backward(
     images: Tensor,
     labels: Tensor,
     *,
-    weight: float = 1.0,
+    loss_scale: float = 1.0,
     max_batch_size: int | None = None,
 ) -> Losses:
-    """Add the gradient of weight * L to `p.grad`, like `loss.backward()`; the penalty returned is 0.
+    """Add the gradient of loss_scale * L to `p.grad`, like `loss.backward()`.
 
-    More than `max_batch_size` images pass through the network in pieces, whose gradients add up; hooks fire once each,
-    in the last backward, and BatchNorm's running statistics keep their horizon.
+    Hooks fire once each, in the last backward, and BatchNorm's running statistics keep their horizon.
+
+    Args:
+        model: Maps images to what `criterion` takes; may be wrapped in DistributedDataParallel.
+        criterion: `criterion(logits, labels)`, a mean over its batch.
+        images: (B, ...), the local batch.
+        labels: (B, ...).
+        loss_scale: Factor of the gradient.
+        max_batch_size: More images pass through the network in pieces, whose gradients add up.
+
+    Returns:
+        L, and 0 for the penalty.
     """
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
-    params = trainable_parameters(inner)
-    loss = _plain(model, criterion, params, (images, labels), {}, weight, 1.0, max_batch_size)
+    params = trainable_parameters(unwrapped(model))
+    check_step(model, criterion, images, labels, params)
+    check_numbers(max_batch_size, loss_scale=loss_scale)
+    whole = _Split([], [], 0.0, (images, labels), 1.0, 1.0)
+    with hooks_once(params) as release:
+        loss = _plain(Passes(model, criterion, params), whole, {}, release, loss_scale, max_batch_size)
     return Losses(loss, torch.zeros((), device=images.device))
 
 
+class _Split(NamedTuple):
+    """L = loss_weight * (sum over `penalized`) + rest_weight * (mean over `rest`), where the sub-batches count as much
+    as `relative` says."""
+
+    penalized: list[Batch]
+    relative: list[float | Tensor]
+    loss_weight: float
+    rest: Batch | None
+    rest_weight: float | Tensor
+    rest_fraction: float
+    """Of the images."""
+
+
+def _split(
+    images: Tensor, labels: Tensor, criterion: Criterion, count: int, estimator: Estimator, num_sampled: int | None
+) -> _Split:
+    if estimator not in get_args(Estimator):
+        raise ValueError(f"estimator must be one of {', '.join(get_args(Estimator))}, got {estimator!r}")
+    if estimator != "sampled" and num_sampled is not None:
+        raise ValueError(
+            f"num_sampled needs estimator='sampled', got num_sampled={num_sampled} and estimator={estimator!r}"
+        )
+    if estimator == "sampled" and (num_sampled is None or not 1 <= num_sampled <= count):
+        raise ValueError(f"num_sampled must be from 1 to the number of sub-batches, {count}, got {num_sampled}")
+    size = len(images) // count
+    batches = list(zip(images.split(size), labels.split(size), strict=True))
+    counted = shares(criterion, [part for _, part in batches])
+    relative = [count * share if isinstance(share, Tensor) else 1.0 for share in counted]
+    if estimator == "fused":
+        return _Split(batches, relative, 1 / count, None, 0.0, 0.0)
+    if estimator == "reference":
+        return _Split(batches, relative, 0.0, (images, labels), 1.0, 1.0)
+    order = torch.randperm(count).tolist()
+    rest = sorted(order[num_sampled:])
+    return _Split(
+        [batches[i] for i in order[:num_sampled]],
+        [relative[i] for i in order[:num_sampled]],
+        1 / count,
+        (torch.cat([batches[i][0] for i in rest]), torch.cat([batches[i][1] for i in rest])) if rest else None,
+        sum(relative[i] for i in rest) / count,
+        len(rest) / count,
+    )
+
+
+def _weighted(weight: float | Tensor, value: Tensor) -> Tensor:
+    """weight * value; 0 for a part in which nothing counts, whose mean is not a number."""
+    if isinstance(weight, Tensor):
+        return torch.where(weight > 0, (weight * value).to(value.dtype), 0.0)
+    return weight * value
+
+
 def _plain(
-    model: nn.Module,
-    criterion: Criterion,
-    params: Params,
-    batch: Batch,
+    passes: Passes,
+    split: _Split,
     total: Params,
-    weight: float,
-    fraction: float,
+    release: Callable[[Params], Params],
+    loss_scale: float,
     max_batch_size: int | None,
 ) -> Tensor:
-    """Backward of weight * fraction * (mean loss over the batch), which is a fraction of the step's, on top of `total`;
-    returns fraction * loss. Empties `total` into p.grad before the last piece's backward, whose hooks fire."""
-    images, labels = batch
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
-    pieces = list(zip(*(tensor.split(max_batch_size or len(images)) for tensor in batch), strict=True))
+    """Backward of loss_scale * (the part of L that is the rest's), which it returns. Adds `total` to p.grad before the
+    last piece's backward, whose hooks fire."""
+    assert split.rest is not None
+    images, labels = split.rest
     loss = torch.zeros((), device=images.device)
-    for i, piece in enumerate(pieces):
+    pieces = list(zip(*(tensor.split(max_batch_size or len(images)) for tensor in split.rest), strict=True))
+    parts = shares(passes.criterion, [part for _, part in pieces])
+    for i, (piece, share) in enumerate(zip(pieces, parts, strict=True)):
         last = i == len(pieces) - 1
-        share = fraction * (len(piece[1]) / len(labels))
-        piece_loss = _tracked_loss(model if last else inner, criterion, share, counted=last)(params, piece)
-        loss = loss + share * piece_loss.detach()
-        if last:
-            _accumulate(params, total)
-            (weight * share * piece_loss).backward()
-        else:
-            add_scaled(total, gradient(weight * share * piece_loss, params), 1.0)
+        fraction = split.rest_fraction * (len(piece[1]) / len(labels))
+        piece_loss = passes.tracked(piece, fraction, total if last else None, counted=last)
+        loss = loss + _weighted(split.rest_weight * share, piece_loss.detach())
+        objective = loss_scale * split.rest_weight * share * piece_loss
+        with passes.settled():
+            if last:
+                _accumulate(passes.params, release(total))
+                objective.backward()
+            else:
+                add_scaled(total, gradient(objective, passes.params), 1.0)
     return loss
 
 
@@ -239,167 +356,80 @@ class _SubBatch(NamedTuple):
     penalty: Tensor
     gradient: Params
     surrogate: Tensor
+    at: Params
+    """Where to differentiate `surrogate`."""
+
+
+def _sub_batch(
+    passes: Passes, batch: Batch, alpha: float, derivative: Derivative, fraction: float | None, total: Params | None
+) -> _SubBatch:
+    """A sub-batch of a step: the pass at w moves the state of the model over a `fraction` of the batch, unless None;
+    the pass at w - alpha g_i starts from the same state, and moves none. `total`: see `Passes`, for the last pass."""
+    exact = derivative == "exact"
+    # The state and the weights from here on, before the pass at w.
+    shifted = {} if exact else _copies(passes.params, attached=total is not None)
+    network = None if exact else passes.network(shifted)
+    with _repeated(derivative, passes.params):
+        if fraction is None:
+            loss = passes.pure(passes.network({}), batch, None)
+        else:
+            own = (batch[0].clone(), batch[1].clone())
+            last = total is not None
+            loss = passes.tracked(own, fraction, total if exact else None, counted=last)
+
+    def perturbed(g: Params) -> Tensor:
+        assert network is not None
+        with torch.no_grad():
+            torch._foreach_sub_([shifted[name] for name in g], list(g.values()), alpha=alpha)
+        return passes.pure(network, batch, None if total is None else total | g)
+
+    settled = nullcontext if fraction is None else passes.settled
+    sub = _evaluate(loss, perturbed, passes.params, alpha, derivative, settled())
+    return sub if exact or total is not None else sub._replace(at=shifted)
+
+
+def _copies(params: Params, attached: bool) -> Params:
+    """Copies to be moved: leaves; or part of the graph, one node a parameter, so that the parameters' hooks fire."""
+    if attached:
+        return {name: parameter.clone() for name, parameter in params.items()}
+    copies = torch._foreach_clone([parameter.detach() for parameter in params.values()])
+    return {name: copy.requires_grad_() for name, copy in zip(params, copies, strict=True)}
 
 
 def _evaluate(
-    unperturbed: LossFunction,
-    perturbed: LossFunction,
+    loss: Tensor,
+    perturbed: Callable[[Params], Tensor],
     params: Params,
-    batch: Batch,
     alpha: float,
     derivative: Derivative,
+    settled: AbstractContextManager[None],
 ) -> _SubBatch:
-    """`unperturbed` is the loss at w, `perturbed` the loss at w - alpha g_i; both see the same dropout mask."""
+    """`loss` at w; `perturbed(g)` is the loss at w - alpha g; both see the same dropout mask. `settled` is for the
+    backward pass of `loss`."""
     if derivative == "exact":
-        loss = unperturbed(params, batch)
-        g = gradient(loss, params, create_graph=True)
+        with _exact(derivative), settled:
+            g = gradient(loss, params, create_graph=True)
         constant = {name: tensor.detach() for name, tensor in g.items()}
         penalty = alpha * dot(constant, g)
         # 0 * loss: the hook of every parameter fires, even of one that g_i does not depend on.
-        return _SubBatch(loss.detach(), penalty.detach(), constant, penalty + 0.0 * loss)
-    with _repeatable(_device(params)):
-        loss = unperturbed(params, batch)
-    g = gradient(loss, params)
-    moved_loss = perturbed(moved(params, g, alpha), batch)
-    return _SubBatch(loss.detach(), (loss - moved_loss).detach(), g, -moved_loss)
-
-
-class _Split(NamedTuple):
-    """L = loss_weight * (sum over `penalized`) + rest_weight * (mean over `rest`)."""
-
-    penalized: list[Batch]
-    loss_weight: float
-    rest: Batch | None
-    rest_weight: float
-
-
-def _split(images: Tensor, labels: Tensor, count: int, way: Way, sampled: int | None) -> _Split:
-    if way not in get_args(Way):
-        raise ValueError(f"way must be one of {', '.join(get_args(Way))}, got {way!r}")
-    if way != "sampled" and sampled is not None:
-        raise ValueError(f"sampled belongs to way='sampled', got sampled={sampled} and way={way!r}")
-    if way == "sampled" and (sampled is None or not 1 <= sampled <= count):
-        raise ValueError(f"sampled must be from 1 to the number of sub-batches, {count}, got {sampled}")
-    size = len(images) // count
-    batches = list(zip(images.split(size), labels.split(size), strict=True))
-    if way == "fused":
-        return _Split(batches, 1 / count, None, 0.0)
-    if way == "reference":
-        return _Split(batches, 0.0, (images, labels), 1.0)
-    order = torch.randperm(count).tolist()
-    rest = [batches[i] for i in sorted(order[sampled:])]
-    return _Split(
-        [batches[i] for i in order[:sampled]],
-        1 / count,
-        (torch.cat([x for x, _ in rest]), torch.cat([y for _, y in rest])) if rest else None,
-        len(rest) / count,
-    )
-
-
-def _sub_batch_count(images: int, sub_batches: int | None, sub_batch_size: int | None) -> int:
-    if (sub_batches is None) == (sub_batch_size is None):
-        raise ValueError(f"give either sub_batches or sub_batch_size, got {sub_batches} and {sub_batch_size}")
-    name, value = ("sub_batches", sub_batches) if sub_batches is not None else ("sub_batch_size", sub_batch_size)
-    assert value is not None
-    if value < 1 or images < 1 or images % value:
-        raise ValueError(f"{name} must divide the local batch, got {value} and {images}")
-    return value if name == "sub_batches" else images // value
-
-
-def _check(alpha: float, derivative: Derivative, params: Params) -> None:
-    if derivative not in get_args(Derivative):
-        raise ValueError(f"derivative must be one of {', '.join(get_args(Derivative))}, got {derivative!r}")
-    if not alpha > 0:
-        raise ValueError(f"alpha must be positive, got {alpha}")
-    if derivative == "finite_difference" and _low_precision(params):
-        raise ValueError(
-            "derivative='finite_difference' is rounding noise for parameters of less than 32 bits: "
-            "use derivative='exact', or keep the parameters in float32"
-        )
-    if derivative == "exact" and _autocast(params) == torch.float16:
-        raise ValueError("autocast to float16 needs loss scaling, which the penalty does not do: use bfloat16")
-
-
-def _check_modules(model: nn.Module, criterion: Criterion, derivative: Derivative) -> None:
-    if isinstance(criterion, nn.Module) and any(parameter.requires_grad for parameter in criterion.parameters()):
-        raise ValueError("criterion must have no trainable parameters: make them part of model")
-    if isinstance(model, DistributedDataParallel) and model.static_graph:
-        raise ValueError(
-            "model must not be DistributedDataParallel(static_graph=True): a step has passes it does not know"
-        )
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules() if module is not model):
-        raise ValueError("DistributedDataParallel must be the outermost wrapper of model: compile first, then wrap")
-    if derivative == "exact" and any(_is_compiled(module) for module in model.modules()):
-        raise ValueError(
-            "derivative='exact' needs double backward, which torch.compile does not support: "
-            "use derivative='finite_difference', or a model that is not compiled"
-        )
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
-
-
-def _low_precision(params: Params) -> bool:
-    return any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in params.values())
-
-
-def _device(params: Params) -> torch.device:
-    return next(iter(params.values())).device
-
-
-def _autocast(params: Params) -> torch.dtype | None:
-    """The type autocast computes in, None outside autocast."""
-    kind = _device(params).type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return _SubBatch(loss.detach(), penalty.detach(), constant, penalty + 0.0 * loss, params)
+    with settled:
+        g = gradient(loss, params)
+    moved_loss = perturbed(g)
+    return _SubBatch(loss.detach(), (loss - moved_loss).detach(), g, -moved_loss, params)
 
 
 def _precision(derivative: Derivative, params: Params) -> AbstractContextManager[None]:
-    return full_precision(_device(params)) if derivative == "finite_difference" else nullcontext()
+    return full_precision(devices(params)[0]) if derivative == "finite_difference" else math_attention()
 
 
-@contextmanager
-def _running_statistics(model: nn.Module, fraction: float, counted: bool) -> Iterator[None]:
-    """For a pass over a fraction of the batch: momentum m becomes 1 - (1 - m)^fraction, so that the passes of a step
-    forget as much as one plain pass; `num_batches_tracked` goes up only if `counted`."""
-    layers = [
-        (layer, layer.momentum)
-        for layer in model.modules()
-        if isinstance(layer, _NormBase) and layer.training and layer.track_running_stats and layer.momentum is not None
-    ]
-    try:
-        for layer, momentum in layers:
-            layer.momentum = 1 - (1 - momentum) ** fraction if fraction < 1 else momentum
-        yield
-        for layer, _ in layers:
-            if not counted and layer.num_batches_tracked is not None:
-                layer.num_batches_tracked -= 1
-    finally:
-        for layer, momentum in layers:
-            layer.momentum = momentum
+def _repeated(derivative: Derivative, params: Params) -> AbstractContextManager[None]:
+    return repeatable(devices(params)) if derivative == "finite_difference" else nullcontext()
 
 
-def _repeatable(device: torch.device) -> AbstractContextManager[None]:
-    """Afterwards the random number generators are back where they were, so that the next pass draws the same masks."""
-    return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
-
-
-def _tracked_loss(model: nn.Module, criterion: Criterion, fraction: float, counted: bool) -> LossFunction:
-    """The loss at the model's own parameters over a fraction of the batch, which moves the running statistics."""
-
-    def loss_fn(_: Params, batch: Batch) -> Tensor:
-        with _running_statistics(model, fraction, counted):
-            return criterion(model(batch[0]), batch[1])
-
-    return loss_fn
-
-
-def _pure_loss(model: nn.Module, criterion: Criterion) -> LossFunction:
-    """The loss at any parameters, named as in the wrapped model where `model` is DistributedDataParallel."""
-    if not isinstance(model, DistributedDataParallel):
-        return functional_loss(model, criterion)
-    loss_fn = FunctionalLoss(model, criterion)
-    return lambda params, batch: loss_fn({f"module.{name}": tensor for name, tensor in params.items()}, batch)
+def _exact(derivative: Derivative) -> AbstractContextManager[None]:
+    what = "derivative='exact' (the other is 'finite_difference', in float32)"
+    return second_derivatives(what) if derivative == "exact" else nullcontext()
 
 
 def _accumulate(params: Params, total: Params) -> None:

@@ -39,8 +39,8 @@ class LearningRate:
         return self.peak * s.factor**self._drops
 
     def end_epoch(self, epoch: int, training_loss: float) -> None:
-        """Tell a plateau schedule an epoch's mean training loss; after ``patience`` epochs without a loss lower by the
-        relative ``threshold`` the rate drops, and the count begins anew. Epochs of the warm-up do not count."""
+        """Give a plateau schedule an epoch's mean training loss; after ``patience`` epochs without a loss lower by the
+        relative ``threshold`` the rate drops, and the count begins again. Epochs of the warm-up do not count."""
         if self.settings.kind != "plateau" or epoch < self.settings.warmup_epochs:
             return
         if training_loss < self._best_loss * (1 - self.settings.threshold):
@@ -58,17 +58,17 @@ class LearningRate:
         self._stale_epochs = state["stale_epochs"]
 
 
-class TimeShare:
-    """Whether something occasional may happen now, so that it takes at most a share of the time. Times in seconds."""
+class TimeFraction:
+    """Whether something occasional may happen now, so that it takes at most a fraction of the time, in seconds."""
 
-    def __init__(self, share: float, began: float) -> None:
-        self.share, self.began = share, began
+    def __init__(self, fraction: float, began: float) -> None:
+        self.fraction, self.began = fraction, began
         self.spent = 0.0
         self.last: float | None = None
 
     def allows(self, now: float, guess: float) -> bool:
         """Whether one more fits; it is expected to take what the last took, or ``guess`` before the first."""
-        return self.spent + (guess if self.last is None else self.last) <= self.share * (now - self.began)
+        return self.spent + (guess if self.last is None else self.last) <= self.fraction * (now - self.began)
 
     def add(self, seconds: float) -> None:
         """One happened and took so long."""
@@ -79,9 +79,9 @@ class TimeShare:
 class PenaltyWeight:
     """β over the run: None before the regularizer is on, then a ramp to its value.
 
-    With ``after_drop`` it goes on at the first drop of the learning rate after the warm-up, whichever schedule made it:
-    at once where the rate falls by a tenth or more from one step to the next, and at half the peak where it falls
-    gradually. It never goes off again.
+    With ``after_drop`` it is switched on at the first drop of the learning rate after the warm-up, whichever schedule
+    made it: at once where the rate falls by a tenth or more from one step to the next, and at half the peak where it
+    falls gradually. It stays on.
     """
 
     def __init__(self, settings: RegularizerSettings, warmup_epochs: float) -> None:
@@ -91,8 +91,8 @@ class PenaltyWeight:
         self._last_rate = 0.0
 
     def at(self, progress: float, rate: float) -> float | None:
-        """β for the step at this progress and rate; to be asked for every step, in order."""
-        if self.on_since is None and self._goes_on(progress, rate):
+        """β for the step at this progress and rate; call it for every step, in order."""
+        if self.on_since is None and self._switches_on(progress, rate):
             self.on_since = progress
         self._peak_rate, self._last_rate = max(self._peak_rate, rate), rate
         if self.on_since is None:
@@ -107,7 +107,7 @@ class PenaltyWeight:
             done = (math.floor(done * s.ramp_steps) + 1) / (s.ramp_steps + 1)
         return s.beta * done
 
-    def _goes_on(self, progress: float, rate: float) -> bool:
+    def _switches_on(self, progress: float, rate: float) -> bool:
         if self.settings.when == "after_drop":
             dropped = rate < _STEP_DROP * self._last_rate or rate <= _SLOW_DROP * self._peak_rate
             return progress > self.warmup_epochs and dropped

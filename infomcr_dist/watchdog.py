@@ -1,8 +1,8 @@
-"""Ends a worker that stands still: stopped by a signal, frozen with its machine, lost in a driver.
+"""Kills a worker that hangs: stopped by a signal, frozen with its machine, lost in a driver.
 
 Such a process can do nothing about itself, and the other workers would wait for it. A small process of its own watches
-it: a thread of the worker sends it a sign of life every second, and where none comes for long it says so and kills.
-A worker that is alive but does not take part in a collective is Horovod's stall check's to find (world.py).
+it: a thread of the worker sends it a heartbeat every second, and where none comes for long it reports that and kills.
+A worker that is alive but does not take part in a collective is found by the engine's stall check.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import threading
 _PROGRAM = """
 import os, select, signal, sys, time
 worker, limit, name = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
-heard = looked = time.monotonic()
+beat = looked = time.monotonic()
 while os.getppid() == worker:
     ready, _, _ = select.select([0], [], [], min(1.0, limit / 4))
     now = time.monotonic()
     if ready:
         if not os.read(0, 4096):
             break
-        heard = now
+        beat = now
     elif now - looked > limit / 2:
-        heard = now  # this process did not run either: the machine was frozen, and the worker needs its chance
-    elif now - heard > limit:
+        beat = now  # this process did not run either: the machine was frozen, and the worker needs its chance
+    elif now - beat > limit:
         try:
-            sys.stderr.write(f"\\nerror: {name} has stood still for {limit:g} s: killed\\n")
+            sys.stderr.write(f"\\nerror: {name} has hung for {limit:g} s: killed\\n")
         finally:
             os.kill(worker, signal.SIGKILL)
         break
@@ -63,4 +63,4 @@ class Watchdog:
             try:
                 os.write(self._process.stdin.fileno(), b".")
             except OSError:
-                return  # somebody ended the watcher; the worker goes on unwatched
+                return  # somebody ended the watcher; the worker continues unwatched

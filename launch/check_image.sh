@@ -3,9 +3,9 @@
 #
 #   usage: launch/check_image.sh       (root, buildah, debootstrap, 20 GB in TMPDIR; ten minutes on two cores)
 #
-# No Docker: buildah builds, on a base that debootstrap makes of this machine's own release, from its own mirror; pip is
-# told what it is told here. Everything is in a directory that is removed at the end. Of DEVICE=cuda nothing is tried.
-# shellcheck disable=SC2016  # what runs in the image is expanded there
+# No Docker: buildah builds, on a base that debootstrap makes of this machine's own release, from its own mirror, with this
+# machine's settings of pip. Everything is in a directory that is removed at the end. DEVICE=cuda is not tried.
+# shellcheck disable=SC2016  # variables are expanded in the image
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -36,7 +36,7 @@ buildah add --quiet "$container" "$work/base" / >/dev/null
 buildah commit --quiet --rm "$container" base >/dev/null
 rm -r "$work/base"
 
-# What pip is told here; the files and folders it names are mounted below /mnt while the image is built.
+# This machine's settings of pip; the files and folders they name are mounted below /mnt while the image is built.
 mounts=$(python3 - "$work/pip.conf" <<'PYTHON'
 import re, subprocess, sys
 from pathlib import Path
@@ -78,7 +78,7 @@ mapfile -t command < <(config 'print(*config["Cmd"], sep="\n")')
 mapfile -t health < <(config 'print(*config["Healthcheck"]["Test"][1:], sep="\n")')
 directory=$(config 'print(config["WorkingDir"])')
 
-# What a container runtime gives: name, processes and network of its own, /proc, /dev; the rest of the image as it is.
+# What a container runtime provides: host name, processes and network of its own, /proc, /dev; the image as it is.
 printf '127.0.0.1 localhost image\n' >"$root/etc/hosts"
 inside() {
     unshare --mount --pid --fork --kill-child --net --uts bash -euc '
@@ -95,35 +95,35 @@ inside() {
     ' bash "$root" "$directory" "${environment[@]}" "$@"
 }
 
-say "no compiler, build tool, key or pip's settings in it"
+say "it has no compiler, build tool, key or settings of pip"
 tools=$(find "$root" -xdev ! -type d -regextype posix-extended -regex '.*/bin/([a-z0-9_]+-)*(cc|c\+\+|gcc|g\+\+|cpp|as|ld|make|cmake|nvcc|pip[0-9.]*)(-[0-9.]+)?')
 [[ -z $tools ]] || fail "build tools in the image: ${tools//"$root"/}"
 secrets=$(find "$root/etc/ssh" "$root/etc/pip.conf" "$root/run/secrets" -name 'ssh_host_*' -o -name 'pip.conf' -size +0 2>/dev/null || true)
 [[ -z $secrets ]] || fail "the image holds ${secrets//"$root"/}"
 
 say "doctor"
-inside python -m infomcr_dist.doctor run_dir=/tmp/run
+inside infomcr doctor run_dir=/tmp/run
 
 say "a session of sshd has the image's PATH"
 inside bash -euc '
     ssh-keygen -q -t ed25519 -N "" -f /tmp/key
     /usr/sbin/sshd -D -p 2222 -h /tmp/key -o UsePAM=no -o StrictModes=no -o PidFile=none -o AuthorizedKeysFile=/tmp/key.pub &
     for _ in {1..50}; do 2>/dev/null exec 3<>/dev/tcp/127.0.0.1/2222 && break; sleep 0.1; done
-    found=$(ssh -q -i /tmp/key -p 2222 -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null 127.0.0.1 "id -un; command -v python horovodrun; python -c \"import infomcr_dist, pipelines\"")
-    [[ $found == $(printf "trainer\n/opt/venv/bin/python\n/opt/venv/bin/horovodrun") ]] || { echo "$found"; exit 1; }
+    found=$(ssh -q -i /tmp/key -p 2222 -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null 127.0.0.1 "id -un; command -v python horovodrun infomcr; python -c \"import infomcr_dist, pipelines\"")
+    [[ $found == $(printf "trainer\n/opt/venv/bin/python\n/opt/venv/bin/horovodrun\n/opt/venv/bin/infomcr") ]] || { echo "$found"; exit 1; }
 ' || fail "sshd's session is not as it should be (above)"
 
-say "its command trains the demo, and is well while it does: ${command[*]}"
+say "its command trains the demo, and the health check passes meanwhile: ${command[*]}"
 inside bash -euc '
     health=()
     while [[ $1 != -- ]]; do health+=("$1"); shift; done
     shift
     [[ $(id -u) == 1000 ]] || { echo "user $(id -u)"; exit 1; }
     ! touch /home/trainer/file 2>/dev/null || { echo "the image can be written"; exit 1; }
-    ! "${health[@]}" 2>/dev/null || { echo "well without a trainer"; exit 1; }
+    ! "${health[@]}" 2>/dev/null || { echo "healthy without a trainer"; exit 1; }
     "$@" &
     until "${health[@]}" 2>/dev/null; do kill -0 $! || exit 1; sleep 0.2; done
-    echo "the health check says: well"
+    echo "healthy"
     wait $!
     ls /tmp/run/checkpoints/*.pt
 ' bash "${health[@]}" -- "${command[@]}" epochs=1 "schedule.milestones=[0.5]" data.train_images=3200 metric.trials=2 \

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Makes .venv beside the README: pinned dependencies, Horovod built against the pinned torch, this project in place.
+# Makes .venv beside the README: pinned dependencies, Horovod built against the pinned torch, this project (editable).
 #
-#   usage: launch/setup.sh          (make setup; PYTHON=python3.12 make setup takes another interpreter)
+#   usage: launch/setup.sh          (make setup; PYTHON=python3.12 make setup uses another interpreter)
 #
-# Safe to repeat: what is there already is kept, and a second run takes a second.
+# Safe to repeat: what exists is kept, and a second run takes a second.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,8 +12,8 @@ say() { printf '%s\n' "$*" >&2; }
 fail() { say "setup: $*"; exit 1; }
 step() { say "setup: $*"; }
 
-# What .venv was made from; when nothing of it changed there is nothing to do.
-inputs=$("$python" -c 'import sys; print(sys.version)' 2>/dev/null; cat constraints.txt pyproject.toml launch/setup.sh launch/build_horovod.sh; pwd)
+# What .venv was made from: if nothing of it has changed, there is nothing to do.
+inputs=$("$python" -c 'import sys; print(sys.version)' 2>/dev/null; cat constraints.txt pyproject.toml launch/setup.sh launch/build_horovod.sh launch/horovod/*.patch; pwd)
 stamp=.venv/made-from
 wanted=$(printf '%s' "$inputs" | sha256sum | cut -d' ' -f1)
 [[ -f $stamp && $(<"$stamp") == "$wanted" ]] && exit 0
@@ -21,6 +21,7 @@ wanted=$(printf '%s' "$inputs" | sha256sum | cut -d' ' -f1)
 command -v "$python" >/dev/null || fail "no $python: install Python 3.11 or later (Debian, Ubuntu: apt-get install python3 python3-venv python3-dev), or name one: PYTHON=… make setup"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$python is $("$python" -V): Python 3.11 or later is needed; name one: PYTHON=… make setup"
 command -v "${CXX:-g++}" >/dev/null || fail "no C++ compiler: install one (Debian, Ubuntu: apt-get install g++)"
+command -v patch >/dev/null || fail "no patch: install it (Debian, Ubuntu: apt-get install patch)"
 
 rm -f "$stamp"
 if [[ ! -x .venv/bin/python || $(.venv/bin/python -V 2>&1) != "$("$python" -V)" ]]; then

@@ -4,11 +4,11 @@
 #   usage: launch/worker.sh PID_DIR          (the trainer's pid_dir, for launch/prestop.sh)
 #
 # It needs a writable /tmp and the keys that the operator mounts at ~/.ssh; these belong to root, hence StrictModes=no.
-# What the container's environment holds does not reach the ranks: sshd hands none of it on, horovodrun sends its own.
+# The container's environment does not reach the ranks: sshd passes none of it on, horovodrun sends its own.
 set -euo pipefail
 pid_dir=${1:?usage: launch/worker.sh PID_DIR}
 
-# A container that is started again finds /tmp as it was: its ranks are gone, and their process ids may be others' now.
+# A restarted container finds /tmp unchanged: its ranks are gone, and their process ids may belong to others.
 rm -rf "$pid_dir" /tmp/ssh_host_key /tmp/ssh_host_key.pub
 ssh-keygen -q -t ed25519 -N '' -f /tmp/ssh_host_key
 

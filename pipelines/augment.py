@@ -1,10 +1,10 @@
 """The one definition of every augmentation, as geometry drawn from counter-based random numbers.
 
-An image becomes a sample in these steps, which every backend carries out alike:
+An image becomes a sample in these steps, which every backend implements:
 1. take the box (`anchor`, `shape`) of the stored image,
 2. resize it to size x size: bilinear, with an antialiasing triangular filter along the sides that shrink,
 3. change its colours by the affine map `color`, rounded and clipped to 0..255,
-4. move it by `shift`, zeros entering at the border, 5. mirror it left to right, 6. normalize.
+4. move it by `shift`, padding with zeros, 5. mirror it left to right, 6. normalize.
 The numbers depend on (seed, epoch, position) alone, so pixels are the same at any world size and after any resume.
 """
 
@@ -15,18 +15,23 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .random_streams import Stream, philox
+
 Ints = NDArray[np.int32]
 
-_AUGMENTATION_STREAM = 2
-_DRAWS = 32  # uniform numbers a position owns; a multiple of the 4 words in one Philox block
-_ATTEMPTS = 10  # of random_resized_crop before it falls back to the largest one, as in torchvision
+_DRAWS = 32  # uniform numbers per position; a multiple of the 4 words in one Philox block
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """flip: mirror half of the images; pad: largest shift in pixels; area, ratio: box of random_resized_crop.
+    """What is done to an image at random.
 
-    center: side of a central square box, as a share of the shorter side; 7/8 is the usual 224 of 256.
+    Attributes:
+        flip: mirror half of the images.
+        pad: largest shift in pixels.
+        center: side of a central square box, as a fraction of the shorter side; 7/8 is the usual 224 of 256.
+        area: of the box of a random resized crop, as a fraction of the image, from and to.
+        ratio: width to height of that box, from and to.
     """
 
     flip: bool = False
@@ -47,8 +52,12 @@ AUGMENTATIONS = {
 
 
 class Row(NamedTuple):
-    """The geometry of one sample. steps: y, x, height and width of its box, its shift as y, x, and 1 if it is mirrored;
-    jitter: brightness, contrast and saturation."""
+    """The geometry of one sample.
+
+    Attributes:
+        steps: y, x, height and width of its box, its shift as y, x, and 1 if it is mirrored.
+        jitter: brightness, contrast and saturation.
+    """
 
     steps: list[int]
     jitter: list[float]
@@ -56,9 +65,14 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Geometry:
-    """anchor, shape: box in the stored image, (B, 2) as y, x; shift: (B, 2) as y, x; mirror: (B,) of 0 and 1.
+    """The geometry of a batch.
 
-    jitter: brightness, contrast and saturation, (B, 3), 1 being no change.
+    Attributes:
+        anchor: where the box in the stored image begins, in pixels, int32 (B, 2) as y, x.
+        shape: sides of the box in pixels, int32 (B, 2) as height, width.
+        shift: in pixels of the sample, int32 (B, 2) as y, x.
+        mirror: 1 if the sample is mirrored, else 0, int32 (B,).
+        jitter: brightness, contrast and saturation, float32 (B, 3), 1 being no change.
     """
 
     anchor: Ints
@@ -69,7 +83,7 @@ class Geometry:
 
     def rows(self) -> list["Row"]:
         """One sample each, as Python numbers."""
-        # Few objects: enough of them would wake the garbage collector with every batch.
+        # Few objects: enough of them would start the garbage collector with every batch.
         steps = np.concatenate([self.anchor, self.shape, self.shift, self.mirror[:, None]], axis=1)
         return list(map(Row, steps.tolist(), self.jitter.tolist()))
 
@@ -85,14 +99,12 @@ def augmentation(name: str) -> Augmentation:
 
 
 def uniform(seed: int, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(B, 32) numbers in [0, 1), row by row a function of (seed, epoch, position)."""
+    """Numbers in [0, 1), float64 (B, 32); each row is a function of (seed, epoch, position)."""
     if len(positions) == 0:
         return np.empty((0, _DRAWS))
     runs = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
     words = [
-        np.random.Philox(key=[seed, epoch], counter=[int(run[0]) * _DRAWS // 4, 0, 0, _AUGMENTATION_STREAM]).random_raw(
-            len(run) * _DRAWS
-        )
+        philox(Stream.AUGMENTATION, seed, epoch, block=int(run[0]) * _DRAWS // 4).random_raw(len(run) * _DRAWS)
         for run in runs
     ]
     high = np.concatenate(words).reshape(-1, _DRAWS) >> np.uint64(11)
@@ -108,9 +120,13 @@ def draw(
     widths: NDArray[np.int32],
     color_jitter: float = 0.0,
 ) -> Geometry:
-    """Geometry of the samples at `positions` of `epoch`, whose stored images measure heights x widths.
+    """The geometry of some samples of an epoch.
 
-    color_jitter: brightness, contrast and saturation are uniform in 1 - color_jitter .. 1 + color_jitter.
+    Args:
+        positions: of the samples in the epoch, int64 (B,).
+        heights: of the stored images in pixels, (B,).
+        widths: the same.
+        color_jitter: brightness, contrast and saturation are uniform in 1 - color_jitter .. 1 + color_jitter.
     """
     drawn = augmentation.flip or augmentation.pad or augmentation.area or color_jitter
     u = uniform(seed, epoch, positions) if drawn else np.zeros((len(positions), _DRAWS))
@@ -132,7 +148,7 @@ def draw(
 
 
 def color_map(jitter: Sequence[float]) -> NDArray[np.float32]:
-    """The affine map of RGB in 0..255 that one (brightness, contrast, saturation) stands for, (3, 4).
+    """The affine map of RGB in 0..255 for one (brightness, contrast, saturation), float32 (3, 4).
 
     Saturation blends with the luma, contrast scales about 128, then brightness scales.
     """
@@ -151,7 +167,7 @@ def _box_shapes(
     area_draws: NDArray[np.float64],
     ratio_draws: NDArray[np.float64],
 ) -> Ints:
-    """First of ten boxes of random area and log-uniform ratio that fits, else the largest of an allowed ratio."""
+    """The first of ten boxes of random area and log-uniform ratio that fits, else the largest of an allowed ratio."""
     height, width = sides[:, 0].astype(np.float64), sides[:, 1].astype(np.float64)
     target = (height * width)[:, None] * (area[0] + (area[1] - area[0]) * area_draws)
     low, high = np.log(ratio)

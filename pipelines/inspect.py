@@ -1,35 +1,47 @@
-"""python -m pipelines.inspect PATH [key=value ...]: what is in a data set: counts, sizes, and a sheet of its images."""
+"""Show what is in a data set: counts, sizes, and a contact sheet of its images.
 
+    infomcr inspect PATH [sheet=FILE.png] [key=value ...]
+
+Exit code 0: shown; 2: PATH cannot be opened, or a mistake in the arguments, in one line.
+"""
+
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from . import cli
-from .indexed import decode
-from .order import permutation
-from .reader import Files, SampleError
-from .shards import Dataset, Split, open_dataset
+from .command import INSPECT
+from .format import Dataset, Split, open_dataset
+from .loaders.decode import decode
+from .loaders.reader import Files, SampleError
+from .options import load
+from .random_streams import Stream, permutation
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `pipelines.inspect` takes as key=value."""
+    """The contact sheet."""
 
     split: str = "train"
-    """Of the contact sheet."""
+    """Split of the contact sheet."""
     sheet: str = ""
-    """PNG file to draw a contact sheet into; none if empty."""
+    """PNG file of the contact sheet; empty: none."""
     images: int = 64
-    """On the sheet, chosen at random."""
+    """Number of images on the sheet, drawn with the seed."""
     side: int = 128
-    """Of an image on the sheet, in pixels."""
+    """Side of an image on the sheet, in pixels."""
     seed: int = 0
+    """Seed of the images on the sheet."""
+
+    def __post_init__(self) -> None:
+        if self.images < 1 or self.side < 1:
+            raise ValueError(f"images and side must be at least 1, got {self.images} and {self.side}")
 
 
 def describe(dataset: Dataset) -> str:
-    """Counts per class and, per split, shards, bytes, and the range of image sizes; a table as text."""
+    """A text with the counts per class and, per split, shards, bytes and the range of image sizes."""
     names = list(dataset.splits)
     lines = [f"{dataset.path}: {len(dataset.classes)} classes, fingerprint {dataset.fingerprint[:12]}"]
     for name, split in dataset.splits.items():
@@ -55,7 +67,7 @@ def _spread(values: np.ndarray) -> str:
 
 def contact_sheet(split: Split, images: int, side: int, seed: int = 0) -> Image.Image:
     """A square sheet of randomly chosen images, each fitted into side x side; what cannot be decoded is red."""
-    chosen = permutation(len(split), seed, 0)[:images].tolist()
+    chosen = permutation(Stream.INSPECT, len(split), seed)[:images].tolist()
     columns = int(np.ceil(np.sqrt(len(chosen))))
     rows = -(-len(chosen) // columns)
     sheet = Image.new("RGB", (columns * side, rows * side), "white")
@@ -71,21 +83,23 @@ def contact_sheet(split: Split, images: int, side: int, seed: int = 0) -> Image.
     return sheet
 
 
-def main(arguments: list[str]) -> None:
-    if not arguments or "=" in arguments[0]:
-        raise ValueError("usage: python -m pipelines.inspect PATH [sheet=FILE.png split=train images=64 side=128]")
-    options = cli.parse(Options, arguments[1:])
-    dataset = open_dataset(arguments[0])
+def main(arguments: list[str]) -> int:
+    """The command; returns the exit code."""
+    return INSPECT.run(arguments, _main)
+
+
+def _main(paths: list[str], overrides: list[str]) -> int:
+    options = load(Options, None, overrides)
+    dataset = open_dataset(paths[0])
     print(describe(dataset))
     if options.sheet:
         if options.split not in dataset.splits:
             raise ValueError(f"split must be one of {', '.join(dataset.splits)}, got {options.split}")
-        if options.images < 1 or options.side < 1:
-            raise ValueError(f"images and side must be at least 1, got {options.images} and {options.side}")
         sheet = contact_sheet(dataset.splits[options.split], options.images, options.side, options.seed)
         sheet.save(Path(options.sheet), "PNG")
         print(f"contact sheet of {options.split}: {options.sheet}")
+    return 0
 
 
 if __name__ == "__main__":
-    cli.run("pipelines.inspect", main)
+    sys.exit(main(sys.argv[1:]))

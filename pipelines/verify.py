@@ -1,6 +1,9 @@
-"""python -m pipelines.verify PATH [processes=N]: reads a data set whole; every shard hashed, every sample decoded.
+"""Check a data set: hash every shard, decode every sample.
 
-Prints a line a fault and a closing line. Exit code 0: all in order; 1: faults were found; 2: it cannot be opened.
+    infomcr verify PATH [processes=N]
+
+Prints one line per fault and a closing line. Exit code 0: no faults; 1: faults were found; 2: PATH cannot be opened, or
+a mistake in the arguments, in one line.
 """
 
 import hashlib
@@ -16,22 +19,25 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from . import cli
-from .indexed import decode
-from .reader import Files, SampleError
-from .shards import MANIFEST, Split, members, open_dataset
+from .command import VERIFY
+from .format import Split, open_dataset
+from .format.dataset import MANIFEST
+from .format.tar import members
+from .loaders.decode import decode
+from .loaders.reader import Files, SampleError
+from .options import load
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `pipelines.verify` takes as key=value."""
+    """How a data set is checked."""
 
     processes: int = 0
-    """0: one a core."""
+    """Number of processes; 0: one per core."""
 
 
 def verify(path: Path, processes: int = 0) -> Iterator[str]:
-    """The faults of the data set at `path`, shard by shard; ValueError if it cannot even be opened."""
+    """The faults of the data set at `path`, shard by shard; ValueError if it cannot be opened."""
     dataset = open_dataset(path)
     digests = _digests(path)
     tasks = [
@@ -46,7 +52,7 @@ def verify(path: Path, processes: int = 0) -> Iterator[str]:
 
 
 def _digests(path: Path) -> dict[tuple[str, str], str]:
-    """SHA-256 of each shard by (split, name); empty for shards of others, which have no manifest."""
+    """SHA-256 of each shard by (split, name); empty for external shards, which have no manifest."""
     if not (path / MANIFEST).exists():
         return {}
     splits = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["splits"]
@@ -86,26 +92,29 @@ def _faults(task: tuple[Split, str | None]) -> list[str]:
             break
         sides = split.index["height"][sample], split.index["width"][sample]
         if image.shape[:2] != sides:
-            faults.append(f"{split.where(sample)} is {image.shape[0]} x {image.shape[1]}, its index says {sides}")
+            faults.append(f"{split.where(sample)} is {image.shape[0]} x {image.shape[1]}, {sides} in its index")
     return faults
 
 
-def main(arguments: list[str]) -> None:
-    if not arguments or "=" in arguments[0]:
-        raise ValueError("usage: python -m pipelines.verify PATH [processes=N]")
-    path = Path(arguments[0])
-    options = cli.parse(Options, arguments[1:])
+def main(arguments: list[str]) -> int:
+    """The command; returns the exit code."""
+    return VERIFY.run(arguments, _main)
+
+
+def _main(paths: list[str], overrides: list[str]) -> int:
+    path, options = Path(paths[0]), load(Options, None, overrides)
     faults = 0
     for fault in verify(path, options.processes):
         faults += 1
         print(fault)
     if faults:
         print(f"{path}: {faults} faults")
-        sys.exit(1)
+        return 1
     splits = open_dataset(path).splits.values()
     shards = sum(len(split.shards) for split in splits)
     print(f"{path}: {sum(map(len, splits))} samples in {shards} shards, all in order")
+    return 0
 
 
 if __name__ == "__main__":
-    cli.run("pipelines.verify", main)
+    sys.exit(main(sys.argv[1:]))

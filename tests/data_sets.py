@@ -1,7 +1,11 @@
 """Small data sets for the tests of pipelines."""
 
 import io
+import json
 import os
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,16 @@ from pipelines import Dataset, open_dataset
 from pipelines.prepare import Options, prepare
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
+
+
+class Touch:
+    """Pickled: whoever loads it makes the file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (f"touch {self._path}",)
 
 
 def shared(name: str) -> str:
@@ -55,3 +69,27 @@ def make_data_set(folder: Path, shard_size: int = 7, per_class: int = 12, size: 
     options = Options(size=size, shard_size=shard_size, processes=1, test_fraction=0.25)
     prepare(os.fspath(folder / "source"), folder / "data", options)
     return open_dataset(folder / "data")
+
+
+def run_prepare(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipelines.prepare", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+
+
+def stored(root: Path, split: str = "train") -> dict[str, tuple[bytes, int]]:
+    """Original name -> (image bytes, label), read with tarfile alone."""
+    found = {}
+    for path in sorted((root / split).glob("*.tar")):
+        with tarfile.open(path) as archive:
+            files = {entry.name: archive.extractfile(entry).read() for entry in archive}  # type: ignore[union-attr]
+        for name, data in files.items():
+            key, _, extension = name.partition(".")
+            if extension in ("jpg", "png"):
+                found[json.loads(files[f"{key}.json"])["name"]] = (data, int(files[f"{key}.cls"]))
+    return found
+
+
+def shard_files(root: Path) -> dict[str, bytes]:
+    """All files of a data set but its manifest, which names the source."""
+    paths = [path for path in sorted(root.rglob("*")) if path.is_file() and path.name != "manifest.json"]
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}

@@ -1,4 +1,4 @@
-"""Containers of a manifest, run without Kubernetes: what a kubelet makes of them, out of the kernel's own parts.
+"""Containers of a manifest, run without Kubernetes: made as a kubelet makes them, from the kernel's own parts.
 
 Each container has namespaces of its own (mounts, processes, host name, network), the volumes where its manifest mounts
 them, the paths and the user of the image, a read-only root, no capability, and no way to get one.
@@ -22,14 +22,21 @@ _IMAGE = {"PATH": "/opt/venv/bin:/usr/local/bin:/usr/bin:/bin"}
 _OURS = [Path(path) for path in (sys.prefix, sys.base_prefix) if not path.startswith("/usr")]
 """Where this machine's virtual environment and its interpreter are."""
 _HIDDEN = ("/home/", "/opt/", "/root/", "/tmp/")
-"""What else of this machine a container does not see."""
+"""What else of this machine is hidden from a container."""
 
 
 class Container:
     """The first container of a pod template, running on a host.
 
-    ``volumes``: the directory that stands for each volume but emptyDirs, by the volume's name, and for what the
-    operator adds or the image has, by its path; ``names``: /etc/hosts; ``environment``: what the operator adds.
+    Args:
+        template: the pod template.
+        host: where it runs.
+        name: the container's host name.
+        folder: made for the container's root and log.
+        volumes: the directory that stands for each volume but emptyDirs, by the volume's name, and for what the
+            operator adds or the image has, by its path.
+        names: /etc/hosts.
+        environment: what the operator adds.
     """
 
     def __init__(
@@ -72,7 +79,7 @@ class Container:
             self.process = subprocess.Popen(start, stdout=log, stderr=log, start_new_session=True)
 
     def _confined(self, command: list[str]) -> list[str]:
-        """The command line of a command as the container's user, in its directory, with nothing but its environment."""
+        """The command line that runs a command as the container's user, in its directory and its environment alone."""
         user = str(self._user)
         confine = ["setpriv", "--reuid", user, "--regid", user, "--clear-groups", "--no-new-privs"]
         confine += ["--bounding-set=-all", "--inh-caps=-all"]
@@ -80,7 +87,7 @@ class Container:
         return [*confine, "env", "--ignore-environment", f"--chdir={self._directory}", *values, *command]
 
     def first_process(self) -> int:
-        """Process 1 of the container, by its id out here."""
+        """Process 1 of the container, by its id on this machine."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         return int(children[0])
 
@@ -90,7 +97,7 @@ class Container:
         return subprocess.run([*inside, *self._confined(command)], capture_output=True, text=True, check=False)
 
     def stop(self) -> subprocess.CompletedProcess[str]:
-        """What the deletion of a pod does: preStop to its end, then SIGTERM for process 1. Returns preStop's end."""
+        """What the deletion of a pod does: preStop to its end, then SIGTERM to process 1; returns preStop's result."""
         hook = self.exec(self._pre_stop)
         os.kill(self.first_process(), signal.SIGTERM)
         self.process.wait(30)
@@ -106,7 +113,7 @@ class Container:
 
 
 def _root(root: Path, names: str) -> list[str]:
-    """Shell commands that make a root of what this machine has, less what is hidden, with the image's user."""
+    """Shell commands that make a root of what this machine has, without what is hidden, with the image's user."""
     script = ["mount --make-rprivate /", f"mount -t tmpfs -o mode=755 tmpfs {root}"]
     for entry in Path("/").iterdir():
         inside = root / entry.name
@@ -127,7 +134,7 @@ def _root(root: Path, names: str) -> list[str]:
 
 
 def _software(root: Path, project: str) -> list[str]:
-    """Shell commands that put the project, with the tests' networks, and its packages where the image has them."""
+    """Shell commands that put launch/ and the packages where the image has them, and the project beside launch/."""
     # The environment's scripts name its own path, and its interpreter's.
     sources = {"/opt/venv": Path(sys.prefix)} | {str(path): path for path in _OURS}
     sources |= {f"{project}/{name}": ROOT / name for name in ("infomcr_dist", "launch", "pipelines", "tests/workers")}

@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent at every instant, verified, and never code."""
 
 import errno
+import hashlib
 import os
 import pickle
 import re
@@ -142,10 +143,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(run: Path, da
     if damage == "flipped":
         content[len(content) // 2] ^= 1
     bad.write_bytes({"cut": content[:-100], "empty": b"", "longer": content + b"x"}.get(damage, content))
-    told: list[str] = []
-    assert checkpoint.load_newest(run, told.append)[0] == good
-    assert len(told) == 1
-    assert re.search(rf"{bad.name} is damaged: .*checksum.*; it is skipped, the one before it is taken", told[0])
+    reported: list[str] = []
+    assert checkpoint.load_newest(run, reported.append)[0] == good
+    assert len(reported) == 1
+    assert re.search(rf"{bad.name} is damaged: .*checksum.*; it is skipped, the one before it is taken", reported[0])
     with pytest.raises(ValueError, match="is damaged"):
         checkpoint.load_newest(bad, print)
     good.write_bytes(b"")
@@ -159,9 +160,25 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"other.pt is not a (readable )?checkpoint"):
             checkpoint.load(path)
-    torch.save({"format": 99}, path)
+    torch.save({"weights": 1}, path)
     with pytest.raises(ValueError, match="is not a checkpoint of this project"):
         checkpoint.load(path)
+
+
+@pytest.mark.parametrize("other", [checkpoint.FORMAT - 1, 99])
+def test_a_checkpoint_of_another_release_is_refused_in_one_line(run: Path, other: int) -> None:
+    """And no older one is taken in its place: it is not damaged."""
+    directory = run / "checkpoints"
+    checkpoint.save(directory, 1, state(1), keep=9)
+    old = directory / "step-00000002.pt"
+    torch.save({**state(2), "format": other}, old)
+    old = old.rename(directory / f"step-00000002-{hashlib.sha256(old.read_bytes()).hexdigest()[:16]}.pt")
+    for source in (old, run):
+        with pytest.raises(
+            ValueError, match=rf"{old.name} has format {other}, known is {checkpoint.FORMAT}: resume"
+        ) as e:
+            checkpoint.load_newest(source, pytest.fail)
+        assert "\n" not in str(e.value)
 
 
 class Payload:
@@ -182,7 +199,7 @@ def test_resume_from_nothing(tmp_path: Path) -> None:
         checkpoint.load_newest(tmp_path, print)
 
 
-def test_the_writer_works_beside_its_caller_and_tells_what_became_of_each(run: Path) -> None:
+def test_the_writer_works_beside_its_caller_and_reports_each_outcome(run: Path) -> None:
     directory = run / "checkpoints"
     writer = checkpoint.Writer(directory, keep=3)
     writer.begin(1, state(1))

@@ -1,17 +1,17 @@
-"""Settings: recipes and overrides, round trips, and what each mistake is told."""
+"""Settings: recipes and overrides, round trips, and the message for each mistake."""
 
 from pathlib import Path
 
 import pytest
 
 from infomcr_dist.config import Config
-from infomcr_dist.options import load_config, to_yaml
+from pipelines import options
 
-RECIPES = sorted((Path(__file__).parent.parent / "launch" / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parent.parent / "infomcr_dist" / "recipes").glob("*.yaml"))
 
 
 def load(*overrides: str, recipe: Path | None = None) -> Config:
-    return load_config(Config, recipe, list(overrides))
+    return options.load(Config, recipe, list(overrides))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -34,7 +34,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         "data.batch_size=8", "schedule.milestones=[2,4.5]", "regularizer.sub_batches=4", "telemetry.port=null"
     )
     path = tmp_path / "config.yaml"
-    path.write_text(to_yaml(config))
+    path.write_text(options.to_yaml(config))
     assert load(recipe=path) == config
 
 
@@ -46,16 +46,19 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         (["data.batch_size=many"], "data.batch_size must be a whole number or null, got 'many'"),
         (["epochs=1.5"], "epochs must be a whole number, got 1.5"),
         (["epochs=0"], "epochs must be at least 1, got 0"),
-        (["regularizer.way=fast"], "regularizer.way must be one of fused, sampled, reference, got 'fast'"),
+        (["regularizer.estimator=fast"], "regularizer.estimator must be one of fused, sampled, reference, got 'fast'"),
         (["data=3"], "data must be a section of settings, got 3"),
         (["momentum"], "argument 'momentum' is not of the form key=value"),
-        (["optimizer.momentum=["], "are not valid YAML"),
+        (["optimizer.momentum=["], r"optimizer.momentum must be a number, got '\[': .* are not valid YAML"),
         (["data.batch_size=8", "data.global_batch_size=16"], "give one of batch_size .* got batch_size=8"),
         (
-            ["regularizer.way=sampled", "regularizer.sub_batches=8"],
-            "one of sampled and budget goes with way=sampled",
+            ["regularizer.estimator=sampled", "regularizer.sub_batches=8"],
+            "one of num_sampled and overhead_budget goes with estimator=sampled",
         ),
-        (["regularizer.when=from_epoch", "regularizer.sub_batches=8"], "regularizer.epoch goes with"),
+        (
+            ["regularizer.when=from_epoch", "regularizer.sub_batches=8"],
+            "regularizer.epoch goes with",
+        ),
         (["regularizer.sub_batches=8", "regularizer.sub_batch_size=8"], "give one of sub_batches and sub_batch_size"),
         (["schedule.milestones=[4,2]"], r"schedule.milestones must be increasing, got \[4.0, 2.0\]"),
         (["schedule.milestones=[10]", "epochs=10"], "schedule.milestones must come before the end"),

@@ -1,4 +1,4 @@
-"""Workers that come and go: real elastic jobs, on several names of this machine and on several hosts of it."""
+"""Workers that join and leave: real elastic jobs, on several names of this machine and on several hosts of it."""
 
 import json
 import os
@@ -26,7 +26,7 @@ schedule: {milestones: [2]}
 optimizer: {learning_rate: 0.05}
 regularizer: {sub_batch_size: 10, beta: 5}
 metric: {trials: 0}
-hang_seconds: 6
+hang_timeout_seconds: 6
 threads: 1
 """
 STEPS = 5
@@ -161,21 +161,21 @@ def test_workers_are_killed_leave_hang_and_join(
         [(signal.SIGKILL, names[0]), (signal.SIGTERM, names[1]), (signal.SIGSTOP, names[2])], 1
     ):
         os.kill(job.workers()[host], fault)
-        job.wait_for(f"two go on after {fault.name}", lambda: job.size() == 2)
+        job.wait_for(f"two continue after {fault.name}", lambda: job.size() == 2)
         job.steps_more(2)
         job.wait_for("the third comes back", lambda: job.size() == 3)
         job.steps_more(2)
-        assert len([r for r in job.records("reset") if r["elastic_resets"].get("worker_lost")]) >= number
+        assert len([r for r in job.records("restart") if r["elastic_restarts"].get("worker_lost")]) >= number
     # A worker that was given up and comes back, as from a network that was cut, is not let in beside its successor.
     server = f"http://{lost['HOROVOD_GLOO_RENDEZVOUS_ADDR']}:{lost['HOROVOD_GLOO_RENDEZVOUS_PORT']}"
     asked = f"{server}/rank_and_size/{names[0]}:0:{lost['HOROVOD_START']}"
     assert urllib.request.urlopen(asked, timeout=20).read() == b"-1,-1,-1,-1,-1,-1"
-    assert re.search(r"error: rank \d has stood still for 6 s: killed", job.text())
+    assert re.search(r"error: rank \d has hung for 6 s: killed", job.text())
     job.set_hosts(names[:2])
-    job.wait_for("two go on without a host that left", lambda: job.size() == 2)
+    job.wait_for("two continue without a host that left", lambda: job.size() == 2)
     job.set_hosts(names)
     job.wait_for("a host that joined takes part", lambda: job.size() == 3)
-    assert job.records("reset")[-1]["elastic_resets"]["hosts_changed"] >= 2
+    assert job.records("restart")[-1]["elastic_restarts"]["hosts_changed"] >= 2
     job.wait_for("the end", lambda: job.process.poll() is not None or len(job.records()) == 60 * STEPS, seconds=240)
     assert job.process.wait(60) == 0, job.text()[-3000:]
     steps = job.records()
@@ -223,7 +223,7 @@ def test_a_host_is_cut_from_the_network_and_comes_back(
         job.wait_for("three hosts train", lambda: job.size() == 3 and len(job.records()) > STEPS)
         three_hosts.cut(three_hosts.hosts[2])
         job.set_hosts(names[:2])
-        job.wait_for("two hosts go on", lambda: job.size() == 2, seconds=150)
+        job.wait_for("two hosts continue", lambda: job.size() == 2, seconds=150)
         job.steps_more(STEPS)
         three_hosts.mend(three_hosts.hosts[2])
         job.set_hosts(names)
@@ -234,17 +234,17 @@ def test_a_host_is_cut_from_the_network_and_comes_back(
         ).stdout
         value = dict(line.rsplit(" ", 1) for line in page.splitlines() if line.startswith("infomcr_"))
         assert float(value["infomcr_world_size"]) == 3
-        assert float(value['infomcr_elastic_resets_total{reason="worker_lost"}']) >= 1
+        assert float(value['infomcr_elastic_restarts_total{reason="worker_lost"}']) >= 1
         check_against(job.records(), undisturbed)
     finally:
         job.end()
 
 
 def test_workers_whose_launcher_is_gone_save_and_end(folder: Path, three_hosts: network.Hosts) -> None:
-    """The launcher has no worker beside it, as on Kubernetes; sshd tells its workers nothing of a signal."""
+    """The launcher has no worker beside it, as on Kubernetes; sshd passes no signal to its workers."""
     command = three_hosts.horovodrun(
         sys.executable, "-m", "infomcr_dist.train", "recipe.yaml", f"run_dir={folder / 'orphans'}", "resume=auto",
-        "hang_seconds=60", options=("-np", "2", "-H", "node2:1,node3:1"),
+        "hang_timeout_seconds=60", options=("-np", "2", "-H", "node2:1,node3:1"),
     )  # fmt: skip
     job = Job(folder, "orphans", [], command)
     try:

@@ -20,7 +20,7 @@ from infomcr_dist import checkpoint
 RECIPE = """
 model: resnet20
 epochs: 4
-data: {path: DATA, augmentation: crop1_flip, global_batch_size: 60, remainder: keep}
+data: {path: DATA, augmentation: crop1_flip, global_batch_size: 60, drop_last: false}
 schedule: {milestones: [2]}
 optimizer: {learning_rate: 0.05}
 regularizer: {sub_batch_size: 10, beta: 5}
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
 
 
 def run(folder: Path, workers: int, fault: str, moment: str, rank: int, *settings: str) -> tuple[int, str]:
-    """Train with a fault in one worker; returns the exit code and all output. Horovod's launcher makes every code 1."""
+    """Train with a fault in one worker; returns the exit code and all output."""
     command = [sys.executable, str(WORKERS / "faulty.py"), fault, moment, str(rank), "recipe.yaml", *settings]
     if workers == 1:
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
@@ -96,20 +96,20 @@ SIGNALS += [(3, fault, "regularized step", 2) for fault in ("SIGTERM", "SIGKILL"
 def test_a_signal_at_any_moment(
     folder: Path, undisturbed: Any, workers: int, fault: str, moment: str, rank: int
 ) -> None:
-    """The run ends as it should, leaves a whole checkpoint, and goes on to the very bits of an undisturbed one."""
+    """The run ends as it should, leaves a whole checkpoint, and resumes to the very bits of an undisturbed one."""
     path = folder / f"{workers}-{fault}-{moment.replace(' ', '-')}"
     settings = (f"run_dir={path}", "resume=auto")
-    code, output = run(folder, workers, fault, moment, rank, *settings, "hang_seconds=6")
+    code, output = run(folder, workers, fault, moment, rank, *settings, "hang_timeout_seconds=6")
     assert ">:Traceback" not in output, output
     if fault in ("SIGTERM", "SIGINT"):
-        saved = re.search(r"stopped: saved after step (\d+); go on with run_dir=\S+ resume=auto", output)
+        saved = re.search(r"stopped: saved after step (\d+); resume with run_dir=\S+ resume=auto", output)
         assert saved, output
         assert checkpoint.load_newest(path, pytest.fail)[1]["step"] == int(saved[1])
-        assert code == 75 if workers == 1 else re.search(r"Exit code: 75", output)
+        assert code == 75
     elif workers > 1:
         assert "another worker is gone, or waits" in output
         if fault == "SIGSTOP":
-            assert f"error: rank {rank} has stood still for 6 s: killed" in output
+            assert f"error: rank {rank} has hung for 6 s: killed" in output
     code, output = run(folder, workers, "none", "", 0, *settings)
     assert code == 0, output
     whole, resumed = final(undisturbed(workers)), final(path)
@@ -120,34 +120,33 @@ def test_a_signal_at_any_moment(
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_a_gradient_that_is_not_finite_is_left_out_everywhere(folder: Path, workers: int) -> None:
+def test_a_gradient_that_is_not_finite_is_skipped_everywhere(folder: Path, workers: int) -> None:
     path = folder / f"not-finite-{workers}"
     rank = workers - 1
-    code, output = run(folder, workers, "not_finite", "start", rank, f"run_dir={path}", "nonfinite_steps=2")
+    code, output = run(folder, workers, "not_finite", "start", rank, f"run_dir={path}", "max_nonfinite_steps=2")
     assert code == 0, output
-    assert re.search(r"step 11 was left out: not finite: gradient of \S*weight", output)
+    assert re.search(r"step 11 was skipped: not finite: gradient of \S*weight", output)
     records = [json.loads(line) for line in (path / "records.jsonl").read_text().splitlines()]
-    left_out = [r["step"] for r in records if r["kind"] == "step" and not r["finite"]]
-    assert left_out == [11], "one step: the next one is finite, so the weights were not touched"
+    skipped = [r["step"] for r in records if r["kind"] == "step" and not r["finite"]]
+    assert skipped == [11], "one step: the next one is finite, so the weights were not touched"
     assert all(torch.isfinite(t).all() for t in final(path).values())
 
 
-def test_weights_that_diverge_end_the_run_and_name_the_rank(folder: Path) -> None:
+def test_weights_that_diverge_end_the_run_and_report_the_rank(folder: Path) -> None:
     path = folder / "diverged"
     settings = (f"run_dir={path}", "compare_weights_steps=4", "checkpoint.every_steps=null")
     code, output = run(folder, 3, "flipped_bit", "start", 2, *settings)
-    assert code != 0
+    assert code == 1
     assert output.count("error: rank 2 and the rest have different weights after step 4") == 1, output
-    assert "Exit code: 1" in output
 
 
-def test_a_worker_with_one_batch_fewer_is_named_and_ends_the_run(folder: Path) -> None:
+def test_a_worker_with_one_batch_fewer_is_reported_and_ends_the_run(folder: Path) -> None:
     path = folder / "fewer"
-    code, output = run(folder, 2, "one_batch_fewer", "start", 1, f"run_dir={path}", "hang_seconds=10")
+    code, output = run(folder, 2, "one_batch_fewer", "start", 1, f"run_dir={path}", "hang_timeout_seconds=10")
     assert code != 0
     assert re.search(r"Missing ranks:\n\[0\]<stderr>:[01]!?: \[\w*allreduce", output), output
-    assert re.search(r"error: rank 0: another worker is gone, or waits .* in step 5: go on", output)
-    assert re.search(r"error: rank 1: another worker is gone, or waits .* in the end of epoch 1: go on", output)
+    assert re.search(r"error: rank 0: another worker is gone, or waits .* in step 5: resume", output)
+    assert re.search(r"error: rank 1: another worker is gone, or waits .* in the end of epoch 1: resume", output)
 
 
 def test_a_full_disk_costs_the_checkpoint_not_the_run(folder: Path, tmp_path: Path) -> None:
@@ -160,11 +159,10 @@ def test_a_full_disk_costs_the_checkpoint_not_the_run(folder: Path, tmp_path: Pa
     try:
         settings = (f"run_dir={disk / 'run'}", "checkpoint.keep=9", "checkpoint.every_steps=1")
         code, output = run(folder, 2, "none", "", 0, *settings)
-        assert code != 0
-        assert "No space left on device; training goes on, the checkpoint before it is kept" in output
+        assert code == 1
+        assert "No space left on device; training continues, the checkpoint before it is kept" in output
         assert "epoch 4/4" in output, "it trained to its end"
         assert "error: trained, but the last checkpoint is missing" in output
-        assert "Exit code: 1" in output
         records = [json.loads(line) for line in (disk / "run" / "records.jsonl").read_text().splitlines()]
         outcomes = [r["outcome"] for r in records if r["kind"] == "checkpoint"]
         assert outcomes[0] == "written"
@@ -190,7 +188,7 @@ def test_a_run_directory_that_cannot_be_written_is_refused_at_the_start(folder: 
         subprocess.run(["umount", disk], check=True)
 
 
-def test_a_damaged_checkpoint_is_passed_over_aloud(folder: Path, undisturbed: Any) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_reported(folder: Path, undisturbed: Any) -> None:
     path = folder / "damaged"
     code, output = run(folder, 1, "SIGTERM", "evaluation", 0, f"run_dir={path}", "resume=auto")
     assert code == 75, output
@@ -211,10 +209,10 @@ def test_changed_settings_are_taken_only_when_asked_for(folder: Path) -> None:
     code, output = run(folder, 1, "none", "", 0, *other)
     assert code == 2
     assert "optimizer.momentum=0.8 (checkpoint: 0.9), regularizer.beta=7.0 (checkpoint: 5.0)" in output
-    assert "resume_changed=true" in output
-    code, output = run(folder, 1, "none", "", 0, *other, "resume_changed=true")
+    assert "allow_config_change=true" in output
+    code, output = run(folder, 1, "none", "", 0, *other, "allow_config_change=true")
     assert code == 0, output
-    assert "goes on with changed settings: optimizer.momentum=0.8 (checkpoint: 0.9)" in output
+    assert "continues with changed settings: optimizer.momentum=0.8 (checkpoint: 0.9)" in output
     betas = [r[1] for r in history(path) if r[0] == "step"]
     assert betas == list(range(1, 4 * STEPS + 1))
 
@@ -257,10 +255,10 @@ def test_a_killed_launcher_takes_its_workers_along_and_loses_no_step(folder: Pat
 
 
 def test_a_worker_that_waits_for_one_that_hangs_ends_within_the_deadline(folder: Path) -> None:
-    """Asked to stop while another stands still, and longer than stop_seconds: it ends, unsaved, and says so."""
+    """Asked to stop while another hangs, for longer than shutdown_timeout_seconds: it exits unsaved and reports it."""
     path = folder / "deadline"
     command = [sys.executable, str(WORKERS / "faulty.py"), "none", "", "0", "recipe.yaml", f"run_dir={path}"]
-    settings = ["epochs=400", "stop_seconds=2", "hang_seconds=60", "checkpoint.every_steps=null"]
+    settings = ["epochs=400", "shutdown_timeout_seconds=2", "hang_timeout_seconds=60", "checkpoint.every_steps=null"]
     with start_horovodrun(2, *command, *settings, cwd=folder) as job:
         wait_until(lambda: steps_of(path) > 3)
         one, other = workers_of(path)
@@ -270,7 +268,10 @@ def test_a_worker_that_waits_for_one_that_hangs_ends_within_the_deadline(folder:
         wait_until(lambda: other not in workers_of(path) or Path(f"/proc/{other}/stat").read_text().split()[2] == "Z")
         os.kill(one, signal.SIGKILL)
         output = "".join(job.communicate(timeout=60))
-    assert "error: not all workers ended their step within stop_seconds=2: ended without saving it" in output
+    assert (
+        "error: not all workers finished their step within shutdown_timeout_seconds=2: exiting without saving it"
+        in output
+    )
 
 
 def test_a_second_sigint_ends_at_once(folder: Path) -> None:

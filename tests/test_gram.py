@@ -7,8 +7,8 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 from infomcr_dist import gram
-from infomcr_dist.fisher import gradient_gram
 from infomcr_dist.functional import functional_loss, trainable_parameters
+from infomcr_dist.gram import gradient_gram
 from infomcr_dist.models import MODELS, build
 
 

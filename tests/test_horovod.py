@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import WORKERS, horovodrun
 
-WAYS = ("fused", "sampled", "reference")
+ESTIMATORS = ("fused", "sampled", "reference")
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=lambda n: f"{n} workers")
@@ -20,16 +20,18 @@ def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return reports
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_workers_equal_one_process_on_the_union_of_their_sub_batches(reports: list[dict[str, Any]], way: str) -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_workers_equal_one_process_on_the_union_of_their_sub_batches(
+    reports: list[dict[str, Any]], estimator: str
+) -> None:
     for report in reports:
-        assert report[f"difference {way}"] < 1e-10
+        assert report[f"difference {estimator}"] < 1e-10
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_regularized_step_sends_what_a_plain_step_sends(reports: list[dict[str, Any]], way: str) -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_regularized_step_sends_what_a_plain_step_sends(reports: list[dict[str, Any]], estimator: str) -> None:
     for report in reports:
-        plain, regularized = report[f"sent {way}"]
+        plain, regularized = report[f"sent {estimator}"]
         assert len(regularized) == len(set(regularized)), "one allreduce a parameter"
         assert regularized == plain, "the same names and bytes"
 
@@ -50,4 +52,4 @@ def test_collectives(reports: list[dict[str, Any]]) -> None:
 
 def test_a_mistake_on_one_worker_ends_all(reports: list[dict[str, Any]]) -> None:
     for report in reports:
-        assert report["together"] == [f"trouble on rank {len(reports) - 1}", True]
+        assert report["synchronized"] == [f"trouble on rank {len(reports) - 1}", True]

@@ -1,4 +1,4 @@
-"""The image, built and run here; and, of its variant for GPUs, what can be told without building it."""
+"""The image, built and run here; of its variant for GPUs, what can be checked without building it."""
 
 import re
 import shutil

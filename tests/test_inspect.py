@@ -42,7 +42,7 @@ def test_mistakes(tmp_path: Path) -> None:
         ([tmp_path / "nothing"], "no data set at"),
         ([dataset.path, "sheet=a.png", "split=val"], "split must be one of train, test, got val"),
         ([dataset.path, "images=0", "sheet=a.png"], "images and side must be at least 1, got 0 and 128"),
-        ([dataset.path, "sheets=a.png"], "unknown option sheets; did you mean sheet?"),
+        ([dataset.path, "sheets=a.png"], "unknown setting sheets: the nearest known one is sheet"),
     ):
         result = run(*arguments)
         assert result.returncode == 2

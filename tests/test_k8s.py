@@ -26,17 +26,18 @@ from PIL import Image
 from pods import HOME, Container
 
 from benchmarks import hosts as network
-from infomcr_dist.config import Config, TelemetrySettings
-from infomcr_dist.grid import expand, load_study
-from infomcr_dist.measure import MeasureSettings
-from infomcr_dist.options import load_config
-from pipelines import cli
+from infomcr_dist.cli import STUDY
+from infomcr_dist.config import Config, MeasureSettings, TelemetrySettings
+from infomcr_dist.records import FILE, StepRecord, read_records
+from infomcr_dist.study.grid import expand
+from infomcr_dist.study.settings import load_study
+from pipelines.options import load
 from pipelines.prepare import Options
 
 K8S = ROOT / "k8s"
 OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
 RENDERED = [f"overlays/{name}" for name in OVERLAYS] + ["prepare", "measure", "study"]
-VERSIONS = ("1.28", "1.31", "1.34", "1.37")
+VERSIONS = ("1.29", "1.31", "1.34", "1.37")
 OWN_SCHEMAS = {
     kind: yaml.safe_load((K8S / "schemas" / f"{kind.lower()}.yaml").read_text())
     for kind in ("MPIJob", "PodMonitor", "PrometheusRule")
@@ -51,7 +52,7 @@ def render(folder: str) -> list[Object]:
     command = [str(kubectl_path()), "kustomize", str(K8S / folder)]
     output = subprocess.run(command, capture_output=True, text=True, check=False)
     assert output.returncode == 0, output.stderr
-    assert not output.stderr, "kustomize warns of what it will not do for ever"
+    assert not output.stderr, "kustomize warns of what it will drop"
     return list(yaml.safe_load_all(output.stdout))
 
 
@@ -99,7 +100,7 @@ def command_line(container: Object) -> list[str]:
     return [*container["command"], *container.get("args", [])]
 
 
-# What Kubernetes and the operators would say of them.
+# What Kubernetes and the operators would accept.
 
 
 @pytest.mark.parametrize("folder", RENDERED)
@@ -158,8 +159,8 @@ def test_the_config_maps_are_the_files() -> None:
     dashboard = maps["training-dashboard"]
     assert dashboard["metadata"]["labels"] == {"grafana_dashboard": "1"}
     assert dashboard["data"]["dashboard.json"] == (K8S / "monitoring" / "dashboard.json").read_text()
-    recipes = {path.name: path.read_text() for path in (ROOT / "launch" / "recipes").glob("*.yaml")}
-    assert maps["recipes"]["data"] == recipes, "launch/recipes/Kustomization lists them"
+    recipes = {path.name: path.read_text() for path in (ROOT / "infomcr_dist" / "recipes").glob("*.yaml")}
+    assert maps["recipes"]["data"] == recipes, "infomcr_dist/recipes/Kustomization lists them"
 
 
 def test_the_page_names_folders_that_are_there() -> None:
@@ -243,7 +244,7 @@ def training_config(overlay: str, tmp_path: Path) -> Config:
     assert mounts[folder] == "recipes"
     path = tmp_path / name
     path.write_text(named(f"overlays/{overlay}", "ConfigMap")["recipes"]["data"][name])
-    return load_config(Config, path, [argument for argument in arguments if "=" in argument])
+    return load(Config, path, [argument for argument in arguments if "=" in argument])
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -261,8 +262,9 @@ def test_the_training_command_is_ours(overlay: str, tmp_path: Path) -> None:
     assert container["command"] == ["/opt/infomcr_dist/launch/worker.sh", config.pid_dir]
     assert hook[:2] == ["/opt/infomcr_dist/launch/prestop.sh", config.pid_dir]
     grace = templates(f"overlays/{overlay}")["Worker"]["spec"]["terminationGracePeriodSeconds"]
-    assert config.stop_seconds < int(hook[2]) < grace
-    given = re.search(r"GRACEFUL_TERMINATION_TIME_S = (\d+)'", (ROOT / "launch" / "build_horovod.sh").read_text())
+    assert config.shutdown_timeout_seconds < int(hook[2]) < grace
+    patches = "".join(path.read_text() for path in (ROOT / "launch" / "horovod").iterdir())
+    given = re.search(r"^\+GRACEFUL_TERMINATION_TIME_S = (\d+)$", patches, re.MULTILINE)
     assert given is not None  # what horovodrun gives its workers, in the launcher's pod
     assert int(given[1]) < templates(f"overlays/{overlay}")["Launcher"]["spec"]["terminationGracePeriodSeconds"]
     assert job["launcherCreationPolicy"] == "WaitForWorkersReady"
@@ -288,7 +290,7 @@ def test_an_overlay_has_its_size(overlay: str, ranks: int) -> None:
     assert job["slotsPerWorker"] * job["mpiReplicaSpecs"]["Worker"]["replicas"] == ranks
 
 
-def test_the_elastic_launcher_tells_the_slots(tmp_path: Path) -> None:
+def test_the_elastic_launcher_gives_the_slots(tmp_path: Path) -> None:
     line, job = command_line(launcher("elastic")), mpi_job("elastic")
     options = dict(zip(line[1::2], line[2::2], strict=False))
     assert line[0].endswith("/elastic.sh")
@@ -323,14 +325,14 @@ def test_data_preparation_and_measurement_are_ours(tmp_path: Path) -> None:
     runs = {str(training_config(overlay, tmp_path).run_dir) for overlay in OVERLAYS}
     line = command_line(found["prepare/prepare"])
     assert line[:3] == ["python", "-m", "pipelines.prepare"]
-    options = cli.parse(Options, line[5:])
+    options = load(Options, None, line[5:])
     assert 1 <= options.processes <= int(found["prepare/prepare"]["resources"]["limits"]["cpu"])
     assert shards == {"fashion-mnist", line[4]}, "the image has the first of them"
     line = command_line(found["measure/measure"])
     assert line[:3] == ["python", "-m", "infomcr_dist.measure"]
     measured = [argument for argument in line[3:] if "=" not in argument]
     assert set(measured) <= runs
-    settings = load_config(MeasureSettings, None, [argument for argument in line[3:] if "=" in argument])
+    settings = load(MeasureSettings, None, [argument for argument in line[3:] if "=" in argument])
     assert settings.output.startswith("/runs/")
 
 
@@ -340,12 +342,40 @@ def test_the_study_has_an_index_a_run() -> None:
     line = command_line(container)
     assert line[:3] == ["python", "-m", "infomcr_dist.study"]
     assert line[-1] == "run=$(JOB_COMPLETION_INDEX)", "what the Job's controller sets"
-    runs = expand(load_study(ROOT / line[3], line[4:-1]))
+    (path,), overrides = STUDY.parse(line[3:-1])
+    runs = expand(load_study(Path(path), overrides))
     assert (job["completionMode"], job["completions"]) == ("Indexed", len(runs))
     for run in runs:
         assert run.directory.is_relative_to("/runs")
         assert run.config.data.path.startswith("/shards/")
         assert run.config.threads + run.config.data.threads <= int(container["resources"]["limits"]["cpu"])
+
+
+def test_a_mistake_is_not_repeated_and_a_disruption_costs_nothing() -> None:
+    """Exit code 2 ends a Job, or its index; the pods of a job are deleted and drained at will."""
+    jobs = {"prepare": [("FailJob", 2)], "measure": [("FailJob", 2)], "study": [("FailIndex", 2), ("Ignore", 75)]}
+    for name, actions in jobs.items():
+        job = only(name, "Job")["spec"]
+        assert job["template"]["spec"]["restartPolicy"] == "Never", "what a podFailurePolicy needs"
+        assert ("backoffLimitPerIndex" in job) == (actions[0][0] == "FailIndex")
+        *rules, disruption = job["podFailurePolicy"]["rules"]
+        assert rules == [
+            {"action": action, "onExitCodes": {"containerName": name, "operator": "In", "values": [code]}}
+            for action, code in actions
+        ]
+        condition = {"type": "DisruptionTarget", "status": "True"}
+        assert disruption == {"action": "Ignore", "onPodConditions": [condition]}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_launcher_that_fails_is_replaced_a_few_times(overlay: str) -> None:
+    """The operator gives the launcher's Job a backoffLimit and no podFailurePolicy."""
+    assert mpi_job(overlay)["runPolicy"]["backoffLimit"] == 3
+    assert mpi_job(overlay)["mpiReplicaSpecs"]["Launcher"]["restartPolicy"] == "Never"
+    broken = copy.deepcopy(only(f"overlays/{overlay}", "MPIJob"))
+    broken["spec"]["runPolicy"]["podFailurePolicy"] = {"rules": []}
+    with pytest.raises(jsonschema.ValidationError, match="podFailurePolicy"):
+        jsonschema.validate(broken, OWN_SCHEMAS["MPIJob"])
 
 
 # The real thing.
@@ -445,14 +475,10 @@ class Cluster:
         self.containers.append(container)
         return container
 
-    def steps(self) -> list[Object]:
-        """What the run has recorded of its steps."""
-        try:
-            (records,) = self._volumes["runs"].glob("*/records.jsonl")
-        except ValueError:
-            return []
-        whole = [line for line in records.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        return [record for record in map(json.loads, whole) if record["kind"] == "step"]
+    def steps(self) -> list[StepRecord]:
+        """The records of the run's steps so far."""
+        paths = list(self._volumes["runs"].glob(f"*/{FILE}"))
+        return [r for path in paths for r in read_records(path, (StepRecord,)) if isinstance(r, StepRecord)]
 
     def wait_for(self, what: str, condition: Callable[[], bool], seconds: float = 90) -> None:
         end = time.monotonic() + seconds
@@ -474,8 +500,9 @@ def cluster(overlay: str, recipe: str, workers: int, folder: Path, data: Path) -
 
 
 @pytest.mark.skipif(network.missing() is not None, reason=str(network.missing()))
-def test_the_demo_is_preempted_and_goes_on(tmp_path: Path, small_data: Path) -> None:
-    with cluster("demo", RECIPE, 2, tmp_path, small_data) as demo:
+def test_the_demo_is_preempted_and_resumes(tmp_path: Path, small_data: Path) -> None:
+    recipe, total = RECIPE.replace("epochs: 6", "epochs: 10"), 50
+    with cluster("demo", recipe, 2, tmp_path, small_data) as demo:
         first = demo.launcher()
         demo.wait_for("the launcher waits", lambda: "waiting for demo-worker-0" in first.text())
         workers = [demo.worker(0), demo.worker(1)]
@@ -493,41 +520,52 @@ def test_the_demo_is_preempted_and_goes_on(tmp_path: Path, small_data: Path) -> 
 
         hook = workers[1].stop()
         assert hook.returncode == 0, hook.stderr
-        assert first.process.wait(60) == 1, first.text()
+        demo.wait_for("the launcher waits again", lambda: "waiting for demo-worker-1" in first.text())
         assert "stopped: saved after step" in first.text()
-        # 255 where sshd went before it told of its rank's 75.
-        assert re.search(r"^Exit code: (75|255)$", first.text(), re.MULTILINE)
+        assert re.search(r"^horovodrun: rank [01] on .* failed first, with exit code 75$", first.text(), re.MULTILINE)
+        assert "mpijob: saved; the run resumes when all workers answer again" in first.text()
         assert not workers[0].exec(["ls", "/tmp/ranks"]).stdout
-        assert 8 <= len(demo.steps()) < STEPS
+        saved = len(demo.steps())
+        assert 8 <= saved < total
+
+        demo.worker(1)  # its replacement; then the launcher's pod is deleted
+        demo.wait_for("steps of the resumed run", lambda: len(demo.steps()) >= saved + 2)
+        os.kill(first.first_process(), signal.SIGTERM)
+        assert first.process.wait(90) != 0
+        demo.wait_for("the ranks notice", lambda: not workers[0].exec(["ls", "/tmp/ranks"]).stdout)
 
         again = demo.launcher()
-        demo.worker(1)
         assert again.process.wait(120) == 0, again.text() + workers[0].text()
-        assert [step["step"] for step in demo.steps()] == list(range(1, STEPS + 1))
+        assert [record.step for record in demo.steps()] == list(range(1, total + 1))
+
+        (tmp_path / "recipes" / "demo.yaml").write_text(recipe + "epoch: 7\n")  # as a mistake in the ConfigMap
+        mistaken = demo.launcher()
+        assert mistaken.process.wait(60) == 2, mistaken.text()
+        assert "Traceback" not in mistaken.text()
 
 
 @pytest.mark.ops
 @pytest.mark.skipif(network.missing() is not None, reason=str(network.missing()))
-def test_an_elastic_job_goes_on_without_a_worker_and_with_it_again(tmp_path: Path, small_data: Path) -> None:
+def test_an_elastic_job_continues_without_a_worker_and_with_it_again(tmp_path: Path, small_data: Path) -> None:
     recipe = RECIPE.replace("epochs: 6", "epochs: 1000").replace("sub_batch_size: 10", "sub_batch_size: 16")
     with cluster("elastic", recipe, 2, tmp_path, small_data) as job:
 
         def size() -> int:
-            return int(job.steps()[-1]["world_size"]) if job.steps() else 0
+            return job.steps()[-1].world_size if job.steps() else 0
 
         workers, launched = [job.worker(0), job.worker(1)], job.launcher()
         job.wait_for("two train", lambda: size() == 2)
         hook = workers[1].stop()
         assert hook.returncode == 0, hook.stderr
         job.set_running(1)
-        job.wait_for("one goes on", lambda: size() == 1)
+        job.wait_for("one continues", lambda: size() == 1)
         workers[1] = job.worker(1)
         job.set_running(2)
         job.wait_for("two train again", lambda: size() == 2, seconds=180)
         os.kill(launched.first_process(), signal.SIGTERM)  # as all pods of a deleted job get theirs
         assert [container.stop().returncode for container in workers] == [0, 0]
         launched.process.wait(90)
-        steps = [step["step"] for step in job.steps()]
+        steps = [record.step for record in job.steps()]
         assert steps == list(range(1, len(steps) + 1))
         saved = [path.name for path in (tmp_path / "runs" / "elastic" / "checkpoints").glob(f"step-{len(steps):08}-*")]
         assert len(saved) == 1, launched.text()
@@ -560,7 +598,7 @@ def test_mpirun_starts_the_ranks_too(tmp_path: Path, small_data: Path) -> None:
         demo.wait_for("the worker", lambda: "listening on" in again.text())
         last = demo.launcher(**path)
         assert last.process.wait(120) == 0, last.text()
-        assert [step["step"] for step in demo.steps()] == list(range(1, STEPS + 1))
+        assert [record.step for record in demo.steps()] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.ops
@@ -582,7 +620,7 @@ def test_the_jobs_prepare_measure_and_study(tmp_path: Path) -> None:
         *("-m", "infomcr_dist.train", "epochs=1", "schedule.milestones=[]", "model=cnn", "metric.trials=0"),
         *("data.path=/shards/imagenet128", "run_dir=/runs/demo", "threads=1"),
     ]
-    small = {  # of its 30 runs, the last; the controller puts the index in
+    small = {  # the last of its 30 runs; the Job's controller sets the index
         "base.data.path=/shards/cifar10": "base.data.path=/shards/imagenet128",
         "run=$(JOB_COMPLETION_INDEX)": "run=29",
     }

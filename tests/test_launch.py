@@ -1,14 +1,21 @@
-"""The scripts of launch/, and what every shell script has to pass."""
+"""The scripts of launch/, what every shell script has to pass, and Horovod's patches."""
 
+import hashlib
 import os
+import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 from conftest import ROOT
 
+from benchmarks import hosts as network
+
 LAUNCH = ROOT / "launch"
+PATCHES = sorted((LAUNCH / "horovod").iterdir())
 
 
 def is_shell_script(path: Path) -> bool:
@@ -40,3 +47,157 @@ def test_prestop_signals_and_waits_for_the_workers(tmp_path: Path, on_term: str,
         ended = subprocess.run([str(LAUNCH / "prestop.sh"), str(tmp_path), "2"], check=False)
         assert ended.returncode == code
         worker.kill()
+
+
+# Horovod's patches.
+
+
+def test_every_patch_has_a_number_and_two_lines_of_why() -> None:
+    assert [path.name[:5] for path in PATCHES] == [f"{number:04}-" for number in range(1, len(PATCHES) + 1)]
+    for path in PATCHES:
+        first, second, empty, header, *_ = path.read_text().split("\n")
+        assert first.endswith(".")
+        assert second.endswith(".")
+        assert not empty
+        assert header.startswith("--- a/")
+
+
+def test_every_patch_applies_to_the_pinned_source_as_it_is(tmp_path: Path) -> None:
+    script = (LAUNCH / "build_horovod.sh").read_text()
+    version, expected = (re.search(rf"^{name}=(\S+)$", script, re.M) for name in ("version", "sdist_sha256"))
+    assert version is not None
+    assert expected is not None
+    options = ["--no-deps", "--no-build-isolation", "--no-binary", "horovod", "--retries", "0", "--timeout", "10"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", tmp_path, f"horovod=={version[1]}"]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("the package index does not give the source of Horovod")
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    assert hashlib.sha256(sdist.read_bytes()).hexdigest() == expected[1]
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    for path in PATCHES:
+        strict = ["patch", "--strip=1", "--fuzz=0", "--batch", "--forward", f"--input={path}"]
+        applied = subprocess.run(
+            strict, cwd=tmp_path / f"horovod-{version[1]}", capture_output=True, text=True, check=False
+        )
+        assert applied.returncode == 0, path.name + applied.stdout
+        assert all(line.startswith("patching file ") for line in applied.stdout.splitlines()), "no offset, no fuzz"
+
+
+def test_a_build_without_patch_says_what_to_install(tmp_path: Path) -> None:
+    for program in ("bash", "cat", "cut", "dirname", "env", "g++", "sha256sum"):
+        found = subprocess.run(["which", program], capture_output=True, text=True, check=True).stdout.strip()
+        (tmp_path / program).symlink_to(found)
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 2.13.0 py3.11 linux-x86_64 cuda-none\n")
+    python.chmod(0o755)
+    environment = {"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    command = [LAUNCH / "build_horovod.sh", python]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr == "build_horovod: no patch: install it (Debian, Ubuntu: apt-get install patch)\n"
+
+
+class Job(NamedTuple):
+    """A job of two ranks, each a few lines of Python, and how its launcher has to end."""
+
+    ranks: tuple[str, str]
+    code: int
+    line: str
+    """What the launcher prints, as a regular expression"""
+    options: tuple[str, ...] = ()
+    stop: bool = False
+    """Whether the launcher gets SIGTERM once both ranks run"""
+
+
+ON_TERM = "signal.signal(signal.SIGTERM, lambda *_: sys.exit({})); print('runs', flush=True); signal.pause()"
+ELASTIC = ("--min-np", "1", "--max-np", "2", "--network-interface", "lo", "--host-discovery-script", "./discover.sh")
+JOBS = {
+    "mistake": Job(
+        (ON_TERM.format(1), "time.sleep(0.5); sys.exit(2)"),
+        2,
+        "rank 1 on localhost failed first, with exit code 2",
+    ),
+    # Its output ends later than the other rank, which fails because the first has gone.
+    "killed": Job(
+        ("time.sleep(1); sys.exit(1)", "subprocess.Popen(['sleep', '3']); os.kill(os.getpid(), signal.SIGKILL)"),
+        137,
+        r"rank 1 on localhost failed first, with exit code 137 \(SIGKILL\)",
+    ),
+    "stopped": Job(
+        ("print('runs', flush=True); signal.pause()", ON_TERM.format(75)),
+        75,
+        "rank 1 on localhost failed first, with exit code 75",
+        stop=True,
+    ),
+    "elastic": Job(
+        ("sys.exit(2)", "time.sleep(1); sys.exit(1)"),
+        2,
+        r"worker (localhost|127\.0\.0\.1)\[0\] failed first, with exit code 2",
+        ELASTIC,
+    ),
+}
+PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+API = """
+import horovod
+def crash():
+    raise ValueError
+if __name__ == "__main__":
+    try:
+        horovod.run(crash, np=2)
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def stop(job: subprocess.Popen[str]) -> None:
+    """SIGTERM to the launcher, once both ranks run."""
+    assert job.stdout is not None
+    assert [job.stdout.readline().partition(":")[2] for _ in range(2)] == ["runs\n"] * 2
+    job.terminate()
+
+
+def test_horovodrun_ends_with_the_code_of_the_first_worker_that_failed(tmp_path: Path) -> None:
+    """Static and elastic jobs, side by side; a call of ``horovod.run`` raises as before."""
+    launcher = Path(sys.executable).with_name("horovodrun")
+    environment = os.environ | {"PATH": f"{launcher.parent}:{os.environ['PATH']}"}
+    (tmp_path / "discover.sh").write_text("#!/bin/sh\nprintf 'localhost:1\\n127.0.0.1:1\\n'\n")
+    (tmp_path / "discover.sh").chmod(0o755)
+    (tmp_path / "api.py").write_text(API)
+    commands = {"api": [sys.executable, "api.py"]}
+    for name, job in JOBS.items():
+        for rank, program in enumerate(job.ranks):
+            (tmp_path / f"{name}-{rank}.py").write_text(f"import os, signal, subprocess, sys, time\n{program}\n")
+        commands[name] = [str(launcher), "-np", "2", *job.options, "sh", "-c", f"exec python {name}-$HOROVOD_RANK.py"]
+    started = {
+        name: subprocess.Popen(command, cwd=tmp_path, env=environment, **PIPES) for name, command in commands.items()
+    }
+    try:
+        for name, job in JOBS.items():
+            if job.stop:
+                stop(started[name])
+        output = {name: process.communicate(timeout=120) for name, process in started.items()}
+    finally:
+        for process in started.values():
+            process.kill()
+    for name, job in JOBS.items():
+        errors = output[name][1]
+        assert started[name].returncode == job.code, (name, *output[name])
+        (line,) = [line for line in errors.splitlines() if line.startswith("horovodrun: ")]
+        assert re.fullmatch(f"horovodrun: {job.line}", line)
+        assert "Traceback" not in errors, name
+    assert started["api"].returncode == 0
+    assert "one or more processes exited with non-zero status" in output["api"][0]
+
+
+@pytest.mark.skipif(network.missing() is not None, reason=str(network.missing()))
+def test_a_stopped_job_on_two_hosts_ends_with_what_the_ranks_beside_the_launcher_report(tmp_path: Path) -> None:
+    """Its ssh to the other host ends with 255, whatever the rank there does."""
+    (tmp_path / "rank.py").write_text(f"import signal, sys\n{ON_TERM.format(75)}\n")
+    with network.hosts(2, tmp_path) as made:
+        command = made.horovodrun(sys.executable, str(tmp_path / "rank.py"))
+        with subprocess.Popen(command, cwd=tmp_path, **PIPES) as job:
+            stop(job)
+            _, errors = job.communicate(timeout=120)
+    assert job.returncode == 75, errors
+    assert errors.endswith("\nhorovodrun: rank 0 on node1 failed first, with exit code 75\n")

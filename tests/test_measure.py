@@ -17,10 +17,11 @@ from torch.nn import functional as F
 from infomcr_dist import checkpoint, models
 from infomcr_dist.config import Config
 from infomcr_dist.measure import main, penalty_share
-from infomcr_dist.options import load_config
 from infomcr_dist.train import main as train
-from infomcr_dist.world import Solo
-from pipelines import Part, evaluation_parts, open_dataset, open_loader
+from infomcr_dist.world import SingleProcess
+from pipelines import LoaderConfig, LocalBatch, evaluation_batches, open_dataset, open_loader
+from pipelines.options import load
+from pipelines.random_streams import Stream, generator
 
 TRIALS, SAMPLES = 5, 12
 SETTINGS = [f"trials={TRIALS}", f"samples={SAMPLES}", "images=60"]
@@ -63,17 +64,17 @@ def test_gamma_is_its_definition(measured: dict[str, Any], runs: Path, small_dat
     model.load_state_dict(state["model"])
     model = model.double().eval()
     dataset = open_dataset(small_data)
-    loader = open_loader(
-        dataset.splits["train"], backend="torch", augmentation="none", size=16, mean=dataset.mean, std=dataset.std,
-        seed=0, batch_size=64, device=torch.device("cpu"), threads=1, prefetch=1,
-    )  # fmt: skip
-    batches = list(loader.batches(evaluation_parts(260, 64, 0, 1)))
+    settings = LoaderConfig(
+        backend="torch", size=16, mean=dataset.mean, std=dataset.std, batch_size=64, device=torch.device("cpu")
+    )
+    loader = open_loader(dataset.splits["train"], settings)
+    batches = [batch[1:] for batch in loader.batches(evaluation_batches(260, 64, 0, 1))]
     loader.close()
     images, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
-    pool = np.random.default_rng([0, 0]).permutation(260)[:60]
+    pool = generator(Stream.METRIC_POOL, 0).permutation(260)[:60]
     values = []
     for trial in range(TRIALS):
-        chosen = pool[np.random.default_rng([0, 1, trial]).choice(60, SAMPLES, replace=False)]
+        chosen = pool[generator(Stream.METRIC_TRIAL, 0, trial).choice(60, SAMPLES, replace=False)]
         rows = []
         for i in chosen:
             loss = F.cross_entropy(model(images[i : i + 1].double()), labels[i : i + 1])
@@ -113,15 +114,13 @@ def test_the_share_of_the_penalty_is_its_definition(small_data: Path) -> None:
     seen: list[np.ndarray] = []
 
     class Images:
-        def batches(self, parts: Iterable[Part]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            for part in parts:
-                seen.append(part.samples)
-                yield images[part.samples], labels[part.samples]
+        def batches(self, batches: Iterable[LocalBatch]) -> Iterator[tuple[LocalBatch, torch.Tensor, torch.Tensor]]:
+            for batch in batches:
+                seen.append(batch.samples)
+                yield batch, images[batch.samples], labels[batch.samples]
 
-    config = load_config(
-        Config, None, ["regularizer.sub_batch_size=12", "regularizer.beta=7", "regularizer.alpha=0.01"]
-    )
-    got = penalty_share(model, Images(), split, config, 3, Solo())  # type: ignore[arg-type]
+    config = load(Config, None, ["regularizer.sub_batch_size=12", "regularizer.beta=7", "regularizer.alpha=0.01"])
+    got = penalty_share(model, Images(), split, config, 3, SingleProcess())  # type: ignore[arg-type]
     assert got is not None
     assert not model.training
     assert [len(set(samples.tolist())) for samples in seen] == [96] * 10
@@ -142,8 +141,8 @@ def test_the_share_of_the_penalty_is_its_definition(small_data: Path) -> None:
         values.append(7 * float(sum(products).norm() / sum(gradients).norm()))  # type: ignore[union-attr]
     assert got.mean == pytest.approx(np.mean(values), rel=0.02)  # α is finite
     assert got.standard_error == pytest.approx(np.std(values, ddof=1) / math.sqrt(10), rel=0.1)
-    config = load_config(Config, None, ["regularizer.sub_batches=8"])
-    assert penalty_share(model, Images(), split, config, 3, Solo()) is None  # type: ignore[arg-type]
+    config = load(Config, None, ["regularizer.sub_batches=8"])
+    assert penalty_share(model, Images(), split, config, 3, SingleProcess()) is None  # type: ignore[arg-type]
 
 
 def flat(value: Any) -> list[float]:
@@ -152,7 +151,7 @@ def flat(value: Any) -> list[float]:
     return [] if value is None else [value]
 
 
-def test_mistakes_are_told_in_one_line(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_reported_in_one_line(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         ([], "give a checkpoint or a run directory"),
         (["nowhere"], "there is no checkpoint at nowhere"),

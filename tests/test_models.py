@@ -1,6 +1,9 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from infomcr_dist.models import MODELS, build
 
@@ -51,8 +54,78 @@ def tiny(classes: int, image_size: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, classes))
 
 
+class Net(nn.Module):
+    """With torchvision's and timm's names."""
+
+    def __init__(self, width: int = 4, num_classes: int = 1000, img_size: int = 224, rate: float = 0.0) -> None:
+        super().__init__()
+        self.width, self.img_size = width, img_size
+        self.features = nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Dropout(rate))
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean((2, 3)))
+
+
+def like_torchvision(*, weights: str | None = None, progress: bool = True, **kwargs: Any) -> nn.Module:
+    assert isinstance(progress, bool)
+    if weights is not None and kwargs.get("num_classes") != 1000:
+        raise ValueError("The parameter 'num_classes' expected value 1000 but got 10 instead.")
+    return Net(**kwargs)
+
+
+def like_timm(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    assert model_name == "net"
+    model = Net(**kwargs)
+    if pretrained:
+        nn.init.ones_(model.head.weight)
+        model.features.requires_grad_(False)
+    return model
+
+
+def without_classes(width: int) -> nn.Module:
+    return Net(width, num_classes=10)
+
+
 def not_a_model(classes: int, image_size: int) -> str:
     return "no"
+
+
+def failing(classes: int, image_size: int) -> nn.Module:
+    raise RuntimeError("no weights\nfor this size")
+
+
+def frozen(classes: int, image_size: int) -> nn.Module:
+    return tiny(classes, image_size).requires_grad_(False)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, wrap: Callable[[nn.Module, Tensor], Any]) -> None:
+        super().__init__()
+        self.net, self.wrap = Net(num_classes=10), wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(self, self.net(x))
+
+
+def dictionary(num_classes: int) -> nn.Module:
+    return Wrapped(lambda model, out: {"logits": out})
+
+
+def auxiliary(num_classes: int) -> nn.Module:
+    return Wrapped(lambda model, out: (out, out) if model.training else out)
+
+
+def maps(num_classes: int) -> nn.Module:
+    return nn.Conv2d(3, num_classes, 1)
+
+
+def large_images(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, num_classes, 64), nn.Flatten())
+
+
+class Models:
+    net = Net
 
 
 def test_any_model_by_import_path() -> None:
@@ -60,14 +133,63 @@ def test_any_model_by_import_path() -> None:
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        "Net",
+        "Net,8",
+        "Net,width=8,rate=0.5",
+        "Models.net",
+        "like_torchvision",
+        "like_torchvision,progress=false,width=8",
+        "like_timm,net",
+        "like_timm,net,pretrained=true,img_size=32",
+        "like_timm,model_name=net",
+        "without_classes,8",
+    ],
+)
+def test_builders_with_other_arguments(name: str) -> None:
+    model = build(f"{__name__}:{name}", 10, 32)
+    assert isinstance(model, Net)
+    assert model.training
+    assert model.head.out_features == 10
+    assert model.width == (8 if "8" in name else 4)
+    takes_size = name.startswith(("Net", "Models")) or "img_size" in name
+    assert model.img_size == (32 if takes_size else 224)
+    assert model.features[1].num_batches_tracked == 0
+    pretrained = "pretrained=true" in name
+    assert pretrained == bool((model.head.weight == 1).all())
+    assert pretrained != model.features[0].weight.requires_grad
+
+
+def test_the_look_at_the_logits_draws_no_random_numbers() -> None:
+    torch.manual_seed(0)
+    build(f"{__name__}:Net,rate=0.5", 10, 32)
+    found = torch.rand(3)
+    torch.manual_seed(0)
+    Net(num_classes=10)
+    assert torch.equal(torch.rand(3), found)
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
         ("resnet2O", "got 'resnet2O'; nearest: 'resnet20'"),
-        ("no_such_package:build", "model='no_such_package:build' cannot be imported"),
-        (f"{__name__}:missing", "cannot be imported"),
+        ("no_such_package:build", "model='no_such_package:build' cannot be imported: ModuleNotFoundError"),
+        (f"{__name__}:missing", "cannot be imported: AttributeError"),
         (f"{__name__}:not_a_model", "must return a torch module, got str"),
+        (f"{__name__}:failing", "cannot be built: RuntimeError: no weights for this size"),
+        (f"{__name__}:Net,depth=3", r"cannot be built: TypeError: .*unexpected keyword argument 'depth'"),
+        (f"{__name__}:like_timm", "cannot be built: TypeError"),
+        (f"{__name__}:like_torchvision,weights=DEFAULT", "expected value 1000 but got 10 instead"),
+        (f"{__name__}:frozen", "has nothing to train: no parameter requires a gradient"),
+        (f"{__name__}:Net,num_classes=7", r"must return logits \(B, 10\) of B images, got a tensor \(2, 7\)"),
+        (f"{__name__}:maps", r"must return logits \(B, 10\) of B images, got a tensor \(2, 10, 32, 32\)"),
+        (f"{__name__}:dictionary", r"must return logits \(B, 10\) of B images, got dict"),
+        (f"{__name__}:auxiliary", "got tuple for B = 2 in training mode"),
+        (f"{__name__}:large_images", "cannot take images of 32 x 32 pixels: RuntimeError"),
     ],
 )
-def test_unknown_models(name: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_models_that_do_not_work_are_refused_in_one_line(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refused:
         build(name, 10, 32)
+    assert "\n" not in str(refused.value)

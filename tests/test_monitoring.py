@@ -1,4 +1,4 @@
-"""k8s/monitoring against the real Prometheus, Alertmanager and Pushgateway, which watch a real two-rank run."""
+"""k8s/monitoring with the real Prometheus, Alertmanager and Pushgateway, which monitor a real two-rank run."""
 
 import http.server
 import importlib.util
@@ -16,6 +16,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -25,11 +26,10 @@ import yaml
 from conftest import ROOT, WORKERS, start_horovodrun
 from grafana_foundation_sdk.cog import plugins
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
-from grafana_foundation_sdk.models.dashboard import Dashboard
+from grafana_foundation_sdk.models import dashboard, timeseries
 from PIL import Image
 
 from infomcr_dist.config import Config
-from infomcr_dist.options import to_dict
 
 MONITORING = ROOT / "k8s" / "monitoring"
 RULES = yaml.safe_load((MONITORING / "rules.yaml").read_text())
@@ -43,7 +43,7 @@ epochs: 10000
 data: {path: DATA, augmentation: crop1_flip, global_batch_size: 64}
 schedule: {milestones: [30]}
 optimizer: {learning_rate: 0.05}
-regularizer: {way: sampled, budget: 1.5, sub_batch_size: 8, beta: 5}
+regularizer: {estimator: sampled, overhead_budget: 1.5, sub_batch_size: 8, beta: 5}
 metric: {trials: 4, samples: 8, every_epochs: 10}
 evaluation: {every_epochs: 10, train_every_epochs: 10}
 checkpoint: {every_epochs: 10}
@@ -55,12 +55,12 @@ SHORTER = {
     "for: 10m": "for: 2s",
     "for: 1m": "for: 1s",
 }
-"""The rules' windows and waits, for a test that has seconds."""
+"""The rules' windows and delays, and what replaces them so that the tests take seconds."""
 NO_DATA = {
     "Memory: rank {{rank}}, GPU": "no GPU here",
-    "annotation Elastic reset": "no worker came or went",
+    "annotation Elastic restart": "the number of workers does not change",
 }
-"""Queries of the dashboard that give nothing for the run below, and why."""
+"""Queries of the dashboard that return nothing for the run below, and why."""
 
 
 def free_port() -> int:
@@ -77,26 +77,26 @@ def free_port() -> int:
 
 
 def wait(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """The condition's first true value; the test fails if there is none in time."""
+    """The condition's first true value; the test fails after the timeout."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if value := condition():
             return value
         time.sleep(0.2)
-    pytest.fail(f"not within {seconds} s: {what}")
+    pytest.fail(f"timeout after {seconds} s: {what}")
 
 
 def fetch(url: str) -> str | None:
-    """The answer; None where nobody answers."""
+    """The response's body; None without a response."""
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            text: str = answer.read().decode()
+        with urllib.request.urlopen(url, timeout=5) as response:
+            text: str = response.read().decode()
             return text
     except (OSError, http.client.HTTPException):
         return None
 
 
-# What needs no running job.
+# Without a running job.
 
 
 def dashboard_module() -> ModuleType:
@@ -108,12 +108,12 @@ def dashboard_module() -> ModuleType:
     return module
 
 
-def test_the_dashboard_is_what_its_code_builds() -> None:
+def test_the_dashboard_is_up_to_date() -> None:
     assert (MONITORING / "dashboard.json").read_text() == dashboard_module().to_json(), "run dashboard.py"
 
 
 def lost(ours: Any, theirs: Any, path: str = "") -> Iterator[str]:
-    """Paths of a document that are not, or not the same, in another."""
+    """Paths of a document that are missing or different in another."""
     if isinstance(ours, dict):
         for key, value in ours.items():
             if not isinstance(theirs, dict) or key not in theirs:
@@ -128,14 +128,25 @@ def lost(ours: Any, theirs: Any, path: str = "") -> Iterator[str]:
 
 
 def test_grafana_knows_every_field_of_the_dashboard() -> None:
-    """Read and written by Grafana's own models of its version 11.6, it is the same: they drop what they do not know."""
+    """Read and written by Grafana's own models of its version 11.6, it is unchanged: they drop unknown fields."""
     plugins.register_default_plugins()
-    back = json.loads(JSONEncoder().encode(Dashboard.from_json(DASHBOARD)))
-    # Read by the Prometheus data source itself, so its type has it not (processEvents in its annotations.ts).
+    back = json.loads(JSONEncoder().encode(dashboard.Dashboard.from_json(DASHBOARD)))
+    # A field of the Prometheus data source alone (processEvents in its annotations.ts).
     assert {re.sub(r"\d+", "*", path) for path in lost(DASHBOARD, back)} == {"/annotations/list/*/titleFormat"}
 
 
-def test_panels_have_ids_and_places_of_their_own() -> None:
+def test_grafana_knows_every_override_of_the_dashboard() -> None:
+    """To the model of a dashboard an override is any name and value: the models of the fields check them."""
+    for panel in DASHBOARD["panels"]:
+        for override in panel.get("fieldConfig", {}).get("overrides", []):
+            fields = {p["id"]: p["value"] for p in override["properties"]}
+            custom = {name.removeprefix("custom."): fields.pop(name) for name in list(fields) if "custom." in name}
+            for given, model in ((fields, dashboard.FieldConfig), (custom, timeseries.FieldConfig)):
+                back = json.loads(JSONEncoder().encode(model.from_json(given)))
+                assert list(lost(given, back)) == [], panel["title"]
+
+
+def test_panels_have_unique_ids_and_fill_the_grid() -> None:
     panels = DASHBOARD["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     cells = [
@@ -146,10 +157,11 @@ def test_panels_have_ids_and_places_of_their_own() -> None:
     ]
     assert len(set(cells)) == len(cells)
     assert {x for x, _ in cells} == set(range(24))
+    assert len(cells) == 24 * (1 + max(y for _, y in cells))
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
-def test_an_alert_says_what_to_do(alert: dict[str, Any]) -> None:
+def test_an_alert_links_to_its_runbook_entry(alert: dict[str, Any]) -> None:
     assert alert["labels"].keys() == {"severity"}
     assert alert["annotations"].keys() == {"summary", "description", "runbook"}
     file, anchor = alert["annotations"]["runbook"].split("#")
@@ -159,10 +171,10 @@ def test_an_alert_says_what_to_do(alert: dict[str, Any]) -> None:
     assert headings == [a["alert"] for a in ALERTS]
 
 
-def test_the_runbook_names_what_is_there() -> None:
+def test_the_runbook_refers_to_existing_panels_and_settings() -> None:
     titles = [panel["title"] for panel in DASHBOARD["panels"]]
     annotations = [annotation["name"].lower() for annotation in DASHBOARD["annotations"]["list"]]
-    settings = to_dict(Config())
+    settings = asdict(Config())
     for text in re.sub(r"\s+", " ", RUNBOOK).split('"')[1::2]:
         known = [*titles, *annotations, DASHBOARD["title"], *dashboard_module().PARTS]
         assert any(one.startswith(text) for one in known), text
@@ -174,7 +186,7 @@ def test_the_runbook_names_what_is_there() -> None:
                 at = at[part]
 
 
-def test_promtool_has_nothing_to_say(promtool: Path) -> None:
+def test_promtool_accepts_rules_and_configuration(promtool: Path) -> None:
     for command in (
         ["check", "rules", "--lint=all", "rules.yaml"],
         ["check", "config", "--lint=all", "prometheus.yaml"],
@@ -199,11 +211,11 @@ def test_every_alert_is_tested_firing_and_silent() -> None:
     assert fire == silent == {alert["alert"] for alert in ALERTS}
 
 
-# A running job.
+# With a running job.
 
 
 class Webhook(http.server.BaseHTTPRequestHandler):
-    """Keeps what Alertmanager sends."""
+    """Collects the alerts that Alertmanager sends."""
 
     received: ClassVar[list[dict[str, Any]]] = []
 
@@ -217,7 +229,7 @@ class Webhook(http.server.BaseHTTPRequestHandler):
 
     @classmethod
     def wait_for(cls, name: str, status: str) -> dict[str, Any]:
-        """The first alert of this name that is firing, or resolved, among those received since the list was cleared."""
+        """The first alert with this name and status since the list was cleared."""
 
         def received() -> dict[str, Any] | None:
             found = (a for a in cls.received if (a["labels"]["alertname"], a["status"]) == (name, status))
@@ -228,7 +240,7 @@ class Webhook(http.server.BaseHTTPRequestHandler):
 
 
 class Watched:
-    """A Prometheus and the job it scrapes."""
+    """A Prometheus and the job that it scrapes."""
 
     def __init__(self, url: str, run: Path, job: subprocess.Popen[str]) -> None:
         self.url, self.run, self.job, self.began = url, run, job, time.time()
@@ -240,19 +252,19 @@ class Watched:
         return json.loads(text)["data"]
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """Series at this moment."""
+        """Current values."""
         result: list[dict[str, Any]] = self.get("query", query=expression)["result"]
         return result
 
     def history(self, expression: str) -> list[dict[str, Any]]:
-        """Series since the start, a value a second; the last is of this moment, to have what `query` has seen."""
+        """Values since the start, one per second, the current ones included: at least what `query` returned before."""
         now = time.time()
         span = {"start": now - int(now - self.began), "end": now, "step": 1}
         result: list[dict[str, Any]] = self.get("query_range", query=expression, **span)["result"]
         return result
 
     def worker(self, rank: int) -> int:
-        """Process id of a rank."""
+        """Process ID of a rank."""
         for process in filter(str.isdigit, os.listdir("/proc")):
             try:
                 command = Path(f"/proc/{process}/cmdline").read_bytes()
@@ -269,7 +281,7 @@ class Watched:
 def watched(
     tmp_path_factory: pytest.TempPathFactory, small_data: Path, debian_program: Callable[[str, str], Path]
 ) -> Iterator[Watched]:
-    """A run that goes on until the tests are over, scraped each second; its alerts arrive at `Webhook`."""
+    """A run that lasts until the end of the tests, scraped every second; `Webhook` receives its alerts."""
     programs = [debian_program(name, name) for name in ("prometheus", "prometheus-alertmanager")]
     folder = tmp_path_factory.mktemp("watched")
     training, prometheus, alertmanager = free_port(), *free_ports(2)
@@ -308,7 +320,7 @@ def watched(
 
 @contextmanager
 def server(command: list[str | Path], port: int, folder: Path) -> Iterator[None]:
-    """Runs until the block ends; ready when the block begins."""
+    """A server that is ready when the block begins and is stopped at its end."""
     with open(folder / "servers.log", "a+") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
         try:
@@ -321,7 +333,7 @@ def server(command: list[str | Path], port: int, folder: Path) -> Iterator[None]
 
 
 def at_home(program: Path) -> list[str | Path]:
-    """The command of a Debian program that reads files of its package by absolute path, where it is only unpacked."""
+    """The command of a Debian program that opens files of its package by absolute path, even if it is only unpacked."""
     share = program.parent.parent / "share"
     if share == Path("/usr/share"):
         return [program]
@@ -338,7 +350,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def shortened(rules: str) -> str:
-    """The rules with the windows and waits of `SHORTER`."""
+    """The rules with the windows and delays of `SHORTER`."""
     for long, short in SHORTER.items():
         assert long in rules, long
         rules = rules.replace(long, short)
@@ -347,7 +359,7 @@ def shortened(rules: str) -> str:
 
 @pytest.fixture(scope="module")
 def regularized(watched: Watched) -> Watched:
-    """The job, some time after its regularizer is on and it has measured itself."""
+    """The job, after its regularizer has switched on and its overhead and γ̂ have been measured."""
 
     def measured() -> bool:
         assert watched.job.poll() is None, watched.job.communicate()
@@ -361,7 +373,7 @@ def regularized(watched: Watched) -> Watched:
 
 
 def filled_in(expression: str) -> str:
-    """A query with the dashboard's variables replaced, as Grafana does."""
+    """A query with the values of the dashboard's variables, as Grafana sends it."""
     for name, value in {
         "$__rate_interval": "10s",
         "$__interval": "1s",
@@ -391,7 +403,7 @@ def test_every_query_of_the_dashboard_has_data(regularized: Watched) -> None:
     assert empty == set(NO_DATA)
 
 
-def test_the_variables_offer_the_job_and_its_ranks(regularized: Watched) -> None:
+def test_the_variables_list_the_job_and_its_ranks(regularized: Watched) -> None:
     offered = {}
     for variable in DASHBOARD["templating"]["list"]:
         if variable["type"] == "query":
@@ -401,7 +413,7 @@ def test_the_variables_offer_the_job_and_its_ranks(regularized: Watched) -> None
     assert offered == {"job": ["training"], "rank": ["0", "1"]}
 
 
-def test_every_metric_that_is_watched_is_exported(regularized: Watched) -> None:
+def test_every_monitored_metric_is_exported(regularized: Watched) -> None:
     files = [MONITORING / name for name in ("rules.yaml", "rules_test.yaml", "dashboard.json", "RUNBOOK.md")]
     named = {name for file in files for name in re.findall(r"(?<![:\w])infomcr_[a-z0-9_]+(?![:\w])", file.read_text())}
     exported = set(regularized.get("label/__name__/values"))
@@ -409,7 +421,7 @@ def test_every_metric_that_is_watched_is_exported(regularized: Watched) -> None:
 
 
 def test_the_parts_of_a_step_add_up_to_it(regularized: Watched) -> None:
-    """By construction of `rest`, and none of them is negative."""
+    """By construction of `rest`, if none of them is negative."""
     parts = {name: q for name, q in dashboard_queries().items() if name.startswith("Mean step, by what it did: ")}
     assert len(parts) == 4
     seconds = {name: float(regularized.query(filled_in(q))[0]["value"][1]) for name, q in parts.items()}
@@ -417,12 +429,12 @@ def test_the_parts_of_a_step_add_up_to_it(regularized: Watched) -> None:
 
 
 def test_a_healthy_job_is_silent(regularized: Watched) -> None:
-    """All but for alerts that another load of this machine may cause, with such short windows."""
+    """Apart from alerts that other load on this machine can cause, with windows this short."""
     names = {alert["labels"]["alertname"] for alert in Webhook.received}
     assert names <= {"Straggler", "DataStarvation"}
 
 
-def test_a_slow_rank_is_named_at_the_webhook(regularized: Watched) -> None:
+def test_the_webhook_receives_the_slow_rank(regularized: Watched) -> None:
     Webhook.received.clear()
     regularized.slow.touch()
     try:
@@ -430,11 +442,11 @@ def test_a_slow_rank_is_named_at_the_webhook(regularized: Watched) -> None:
     finally:
         regularized.slow.unlink()
     assert (alert["labels"]["rank"], alert["labels"]["job"]) == ("1", "training")
-    assert alert["annotations"]["summary"] == "Rank 1 of training holds the others up"
+    assert alert["annotations"]["summary"] == "Rank 1 of training slows down the others"
     Webhook.wait_for("Straggler", "resolved")
 
 
-def test_a_job_that_stands_still_is_told_to_the_webhook(regularized: Watched) -> None:
+def test_the_webhook_receives_a_stalled_job(regularized: Watched) -> None:
     Webhook.received.clear()
     process = regularized.worker(rank=1)
     os.kill(process, signal.SIGSTOP)
@@ -443,12 +455,12 @@ def test_a_job_that_stands_still_is_told_to_the_webhook(regularized: Watched) ->
     finally:
         os.kill(process, signal.SIGCONT)
     assert alert["labels"]["severity"] == "critical"
-    assert alert["annotations"]["summary"] == "training makes no steps"
+    assert alert["annotations"]["summary"] == "training has stalled"
     Webhook.wait_for("TrainingStalled", "resolved")
     assert regularized.job.poll() is None
 
 
-def test_a_pushgateway_keeps_the_results_of_a_run_that_has_ended(
+def test_a_pushgateway_keeps_the_results_of_a_finished_run(
     tmp_path: Path, small_data: Path, debian_program: Callable[[str, str], Path], promtool: Path
 ) -> None:
     program = debian_program("prometheus-pushgateway", "prometheus-pushgateway")
@@ -474,7 +486,7 @@ def test_a_pushgateway_keeps_the_results_of_a_run_that_has_ended(
 
 @pytest.mark.ops
 def test_grafanas_components_draw_the_dashboard(regularized: Watched, tmp_path: Path) -> None:
-    """Each panel of lines has a line: coloured pixels within its place."""
+    """Each panel of lines has a line: colored pixels within its place."""
     for tool in ("npm", "node", "chromium"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from infomcr_dist import regularized_backward
 from infomcr_dist.functional import Params, functional_loss, trainable_parameters
-from infomcr_dist.regularizer import health, plain_backward, sub_batch_penalty
+from infomcr_dist.regularizer import finite_difference_error, plain_backward, sub_batch_penalty
 
 ALPHA, BETA = 1e-4, 10.0
 
@@ -128,7 +128,7 @@ def test_the_pure_function_changes_nothing() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-# One call in place of backward: each way against an expectation written out with plain autograd.
+# One call in place of backward: each estimator against an expectation written out with plain autograd.
 
 
 def plain_pair(model: nn.Module, batch: tuple[Tensor, Tensor], alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -151,13 +151,13 @@ def plain_pair(model: nn.Module, batch: tuple[Tensor, Tensor], alpha: float) -> 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
 @pytest.mark.parametrize("derivative", ["finite_difference", "exact"])
-@pytest.mark.parametrize("way", ["fused", "reference"])
-def test_fused_and_reference(way: Any, derivative: Any, batch_norm: bool) -> None:
+@pytest.mark.parametrize("estimator", ["fused", "reference"])
+def test_fused_and_reference(estimator: Any, derivative: Any, batch_norm: bool) -> None:
     batch = batch_of()
     oracle = smooth_net(batch_norm)
     pairs = [plain_pair(oracle, piece, ALPHA) for piece in split(batch, 3)]
     loss, g, penalty, difference = (torch.stack(terms).mean(0) for terms in zip(*pairs, strict=True))
-    if way == "reference":
+    if estimator == "reference":
         loss = F.cross_entropy(oracle(batch[0]), batch[1])
         g = torch.cat([t.flatten() for t in torch.autograd.grad(loss, list(oracle.parameters()))])
     if derivative == "exact":
@@ -165,7 +165,14 @@ def test_fused_and_reference(way: Any, derivative: Any, batch_norm: bool) -> Non
 
     model = smooth_net(batch_norm)
     losses = regularized_backward(
-        model, F.cross_entropy, *batch, alpha=ALPHA, beta=BETA, sub_batches=3, way=way, derivative=derivative
+        model,
+        F.cross_entropy,
+        *batch,
+        alpha=ALPHA,
+        beta=BETA,
+        sub_batches=3,
+        estimator=estimator,
+        derivative=derivative,
     )
     assert relative(grads(model) - g, BETA * difference) < 1e-9
     torch.testing.assert_close(losses.loss, loss, rtol=1e-13, atol=0)
@@ -195,8 +202,8 @@ def test_sampled_penalizes_some_sub_batches_and_takes_the_others_plain(derivativ
         alpha=ALPHA,
         beta=BETA,
         sub_batches=4,
-        way="sampled",
-        sampled=2,
+        estimator="sampled",
+        num_sampled=2,
         derivative=derivative,
     )
     assert relative(grads(model) - expected, BETA * difference) < 1e-9
@@ -214,7 +221,9 @@ def test_sampled_is_unbiased_over_all_choices(monkeypatch: Any) -> None:
             continue
         monkeypatch.setattr(torch, "randperm", lambda count, order=order: torch.tensor(order))
         model = smooth_net(batch_norm=False)
-        losses.append(regularized_backward(model, F.cross_entropy, *batch, **common, way="sampled", sampled=2))
+        losses.append(
+            regularized_backward(model, F.cross_entropy, *batch, **common, estimator="sampled", num_sampled=2)
+        )
         gradients.append(grads(model))
     assert len(gradients) == 6
     assert relative(torch.stack(gradients).mean(0), grads(full)) < 1e-13
@@ -230,7 +239,7 @@ def test_sampling_draws_afresh_from_the_seeded_generator() -> None:
     def draw() -> Tensor:
         model.zero_grad()
         regularized_backward(
-            model, F.cross_entropy, *batch, alpha=ALPHA, beta=1e4, sub_batches=4, way="sampled", sampled=1
+            model, F.cross_entropy, *batch, alpha=ALPHA, beta=1e4, sub_batches=4, estimator="sampled", num_sampled=1
         )
         return grads(model)
 
@@ -246,36 +255,45 @@ def test_sampling_all_sub_batches_is_fused(monkeypatch: Any) -> None:
     batch, one, other = batch_of(), smooth_net(), smooth_net()
     common: dict[str, Any] = {"alpha": ALPHA, "beta": BETA, "sub_batches": 4}
     regularized_backward(one, F.cross_entropy, *batch, **common)
-    regularized_backward(other, F.cross_entropy, *batch, **common, way="sampled", sampled=4)
+    regularized_backward(other, F.cross_entropy, *batch, **common, estimator="sampled", num_sampled=4)
     assert torch.equal(grads(one), grads(other))
 
 
-def test_without_penalty_the_reference_way_gives_the_plain_gradient_bit_for_bit() -> None:
+def test_without_penalty_the_reference_gives_the_plain_gradient_bit_for_bit() -> None:
     (images, labels), one, other = batch_of(), smooth_net().float(), smooth_net().float()
     F.cross_entropy(one(images.float()), labels).backward()
     regularized_backward(
-        other, F.cross_entropy, images.float(), labels, alpha=ALPHA, beta=0.0, sub_batches=4, way="reference"
+        other, F.cross_entropy, images.float(), labels, alpha=ALPHA, beta=0.0, sub_batches=4, estimator="reference"
     )
     assert torch.equal(grads(one), grads(other))
     assert all(torch.equal(one.state_dict()[name], tensor) for name, tensor in other.state_dict().items())
 
 
-@pytest.mark.parametrize(("way", "sampled"), [("fused", None), ("sampled", 1)])
-def test_without_penalty_and_batch_norm_the_gradient_is_the_plain_one(way: Any, sampled: int | None) -> None:
+@pytest.mark.parametrize(("estimator", "num_sampled"), [("fused", None), ("sampled", 1)])
+def test_without_penalty_and_batch_norm_the_gradient_is_the_plain_one(estimator: Any, num_sampled: int | None) -> None:
     batch, one, other = batch_of(), smooth_net(batch_norm=False), smooth_net(batch_norm=False)
     F.cross_entropy(one(batch[0]), batch[1]).backward()
-    regularized_backward(other, F.cross_entropy, *batch, alpha=ALPHA, beta=0.0, sub_batches=4, way=way, sampled=sampled)
+    regularized_backward(
+        other,
+        F.cross_entropy,
+        *batch,
+        alpha=ALPHA,
+        beta=0.0,
+        sub_batches=4,
+        estimator=estimator,
+        num_sampled=num_sampled,
+    )
     assert relative(grads(other), grads(one)) < 1e-13
 
 
 # What must hold around the call.
 
-WAYS: list[dict[str, Any]] = [
-    {"way": way, "derivative": derivative} | ({"sampled": 2} if way == "sampled" else {})
-    for way in ("fused", "sampled", "reference")
+ESTIMATORS: list[dict[str, Any]] = [
+    {"estimator": estimator, "derivative": derivative} | ({"num_sampled": 2} if estimator == "sampled" else {})
+    for estimator in ("fused", "sampled", "reference")
     for derivative in ("finite_difference", "exact")
 ]
-EVERY_WAY = pytest.mark.parametrize("how", WAYS, ids=lambda how: f"{how['way']}-{how['derivative']}")
+EVERY_ESTIMATOR = pytest.mark.parametrize("how", ESTIMATORS, ids=lambda how: f"{how['estimator']}-{how['derivative']}")
 
 
 def run(model: nn.Module, batch: tuple[Tensor, Tensor], how: dict[str, Any], **settings: Any) -> Any:
@@ -284,7 +302,7 @@ def run(model: nn.Module, batch: tuple[Tensor, Tensor], how: dict[str, Any], **s
     return regularized_backward(model, F.cross_entropy, *batch, **settings, **how)
 
 
-@EVERY_WAY
+@EVERY_ESTIMATOR
 def test_every_hook_fires_once_when_the_gradient_is_final(how: dict[str, Any]) -> None:
     model, fired, seen = smooth_net(), Counter[str](), {}
 
@@ -303,7 +321,7 @@ def test_every_hook_fires_once_when_the_gradient_is_final(how: dict[str, Any]) -
     assert all(torch.equal(seen[name], parameter.grad) for name, parameter in model.named_parameters())
 
 
-@EVERY_WAY
+@EVERY_ESTIMATOR
 def test_weights_keep_their_bits_and_their_storage(how: dict[str, Any]) -> None:
     model = smooth_net().float()
     before = [(p.data_ptr(), p._version, p.detach().clone()) for p in model.parameters()]
@@ -313,17 +331,17 @@ def test_weights_keep_their_bits_and_their_storage(how: dict[str, Any]) -> None:
         assert torch.equal(parameter, value)
 
 
-@EVERY_WAY
+@EVERY_ESTIMATOR
 def test_gradients_accumulate_and_scale(how: dict[str, Any]) -> None:
     batch, once, twice = batch_of(), smooth_net(), smooth_net()
     run(once, batch, how)
-    first = run(twice, batch, how, weight=0.25)
-    second = run(twice, batch, how, weight=0.75)
+    first = run(twice, batch, how, loss_scale=0.25)
+    second = run(twice, batch, how, loss_scale=0.75)
     assert relative(grads(twice), grads(once)) < 1e-12
     torch.testing.assert_close(first.loss, second.loss, rtol=1e-13, atol=0)
 
 
-@EVERY_WAY
+@EVERY_ESTIMATOR
 def test_running_statistics_move_as_in_a_plain_step(how: dict[str, Any]) -> None:
     # With sub-batches that are copies of each other, sub-batch means and the batch mean agree.
     images, labels = batch_of(6)
@@ -342,7 +360,7 @@ def test_running_statistics_move_as_in_a_plain_step(how: dict[str, Any]) -> None
     torch.testing.assert_close(got.running_var, expected.running_var, rtol=0.02, atol=0)
 
 
-@EVERY_WAY
+@EVERY_ESTIMATOR
 def test_dropout_uses_one_mask_in_both_passes(how: dict[str, Any]) -> None:
     # Linear in the mask: with the same mask the penalty is α‖g‖² to first order, positive and small.
     torch.manual_seed(0)
@@ -356,21 +374,19 @@ def test_dropout_draws_new_masks_for_new_sub_batches() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(108, 4)).double()
     masks: list[Tensor] = []
-    model[1].register_forward_hook(lambda module, args, output: masks.append(output.detach() != 0))
     batch = torch.ones(8, 3, 6, 6, dtype=torch.float64), torch.arange(8) % 4
-    run(model, batch, {"way": "fused"})
+    run(model, batch, {})  # the first call looks at passes of its own
+    model[1].register_forward_hook(lambda module, args, output: masks.append(output.detach() != 0))
+    run(model, batch, {"estimator": "fused"})
     pairs = list(zip(masks[::2], masks[1::2], strict=True))
     assert len(pairs) == 4
     assert all(torch.equal(first, second) for first, second in pairs)
     assert not any(torch.equal(one[0], other[0]) for one, other in itertools.combinations(pairs, 2))
 
 
-@EVERY_WAY
+@EVERY_ESTIMATOR
 def test_an_exception_leaves_no_trace(how: dict[str, Any]) -> None:
     model, calls = smooth_net(), Counter[str]()
-    run(model, batch_of(), how)
-    state = {name: tensor.clone() for name, tensor in model.named_parameters()}
-    before = grads(model)
 
     def criterion(logits: Tensor, labels: Tensor) -> Tensor:
         calls["criterion"] += 1
@@ -378,6 +394,11 @@ def test_an_exception_leaves_no_trace(how: dict[str, Any]) -> None:
             raise RuntimeError("no more memory")
         return F.cross_entropy(logits, labels)
 
+    calls["criterion"] = 3  # the first call looks at passes of its own
+    regularized_backward(model, criterion, *batch_of(), alpha=ALPHA, beta=BETA, sub_batches=4, **how)
+    calls["criterion"] = 0
+    state = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    before = grads(model)
     precision = torch.backends.cudnn.conv.fp32_precision
     with pytest.raises(RuntimeError, match="no more memory"):
         regularized_backward(model, criterion, *batch_of(), alpha=ALPHA, beta=BETA, sub_batches=4, **how)
@@ -387,7 +408,7 @@ def test_an_exception_leaves_no_trace(how: dict[str, Any]) -> None:
     assert torch.backends.cudnn.conv.fp32_precision == precision
 
 
-@EVERY_WAY
+@EVERY_ESTIMATOR
 def test_frozen_unused_and_shared_parameters(how: dict[str, Any]) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -407,7 +428,7 @@ def test_frozen_unused_and_shared_parameters(how: dict[str, Any]) -> None:
     assert model.unused.weight.grad is None
     used = {n: p for n, p in trainable_parameters(model).items() if not n.startswith("unused")}
     got = flat({name: p.grad for name, p in used.items()})
-    if how["way"] != "sampled":
+    if how["estimator"] != "sampled":
         loss_fn, batch = functional_loss(model), batch_of()
         pure = sub_batch_penalty(loss_fn, used, split(batch, 4), ALPHA, how["derivative"])
         assert relative(got, flat(pure.loss_gradient) + BETA * flat(pure.penalty_gradient)) < 1e-12
@@ -466,7 +487,9 @@ def test_finite_differences_run_in_full_precision() -> None:
         return F.cross_entropy(logits, labels)
 
     model, (images, labels) = smooth_net().float(), batch_of()
-    common: dict[str, Any] = {"alpha": ALPHA, "beta": BETA, "sub_batches": 2, "way": "sampled", "sampled": 1}
+    common: dict[str, Any] = {"alpha": ALPHA, "beta": BETA, "sub_batches": 2, "estimator": "sampled", "num_sampled": 1}
+    regularized_backward(model, criterion, images.float(), labels, **common)
+    seen.clear()  # the first call looks at passes of its own
     with torch.autocast("cpu", torch.bfloat16):
         regularized_backward(model, criterion, images.float(), labels, **common, derivative="finite_difference")
         assert torch.is_autocast_enabled("cpu")
@@ -480,16 +503,16 @@ def test_finite_differences_run_in_full_precision() -> None:
 
 
 @pytest.mark.parametrize("derivative", ["finite_difference", "exact", "auto"])
-@pytest.mark.parametrize("way", ["fused", "reference"])
-def test_the_penalty_survives_autocast(way: Any, derivative: Any) -> None:
+@pytest.mark.parametrize("estimator", ["fused", "reference"])
+def test_the_penalty_survives_autocast(estimator: Any, derivative: Any) -> None:
     batch, oracle = batch_of(), smooth_net()
     expected = ALPHA * double_backward(oracle, split(batch, 4))
     model, batch = smooth_net().float(), (batch[0].float(), batch[1])
     with torch.autocast("cpu", torch.bfloat16):
-        run(model, batch, {"way": way}, derivative=derivative, beta=0.0)
+        run(model, batch, {"estimator": estimator}, derivative=derivative, beta=0.0)
         plain = grads(model)
         model.zero_grad()
-        run(model, batch, {"way": way}, derivative=derivative)
+        run(model, batch, {"estimator": estimator}, derivative=derivative)
     assert relative(grads(model).double() - plain.double(), BETA * expected) < 0.01
 
 
@@ -502,22 +525,24 @@ def test_a_finite_difference_inside_autocast_would_be_noise() -> None:
     assert relative(difference.double(), expected) > 1
 
 
-def test_health_sees_rounding_and_kinks() -> None:
+def test_the_finite_difference_error_shows_rounding_and_kinks() -> None:
     batch = batch_of()
     smooth = smooth_net()
     params, loss_fn = trainable_parameters(smooth), functional_loss(smooth)
-    assert health(loss_fn, params, batch, 1e-4) < 1e-3
-    assert health(loss_fn, params, batch, 1e-2) == pytest.approx(100 * health(loss_fn, params, batch, 1e-4), rel=0.1)
+    assert finite_difference_error(loss_fn, params, batch, 1e-4) < 1e-3
+    assert finite_difference_error(loss_fn, params, batch, 1e-2) == pytest.approx(
+        100 * finite_difference_error(loss_fn, params, batch, 1e-4), rel=0.1
+    )
     single, batch_32 = smooth_net().float(), (batch[0].float(), batch[1])
     params_32, loss_32 = trainable_parameters(single), functional_loss(single)
-    assert health(loss_32, params_32, batch_32, 1e-4) < 1e-2
-    assert health(loss_32, params_32, batch_32, 1e-6) > 1e-2  # rounding of the weights
-    assert health(loss_32, params_32, batch_32, 1e-9) == 1  # which no longer notice the step
+    assert finite_difference_error(loss_32, params_32, batch_32, 1e-4) < 1e-2
+    assert finite_difference_error(loss_32, params_32, batch_32, 1e-6) > 1e-2  # rounding of the weights
+    assert finite_difference_error(loss_32, params_32, batch_32, 1e-9) == 1  # which no longer notice the step
     kinked = nn.Sequential(nn.Flatten(), nn.Linear(108, 500), nn.ReLU(), nn.Linear(500, 4)).double()
-    assert health(functional_loss(kinked), trainable_parameters(kinked), batch, 1.0) > 0.1
+    assert finite_difference_error(functional_loss(kinked), trainable_parameters(kinked), batch, 1.0) > 0.1
     # The masks are the same in both derivatives.
     dropout = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(108, 4)).double()
-    assert health(functional_loss(dropout), trainable_parameters(dropout), batch, 1e-4) < 1e-3
+    assert finite_difference_error(functional_loss(dropout), trainable_parameters(dropout), batch, 1e-4) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -552,7 +577,7 @@ def test_autocast_to_float16_is_refused() -> None:
 # What models come wrapped in.
 
 
-@EVERY_WAY
+@EVERY_ESTIMATOR
 def test_channels_last(how: dict[str, Any]) -> None:
     batch, model, expected = batch_of(), smooth_net(), smooth_net()
     model = model.to(memory_format=torch.channels_last)
@@ -563,9 +588,9 @@ def test_channels_last(how: dict[str, Any]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # read by torch.compile itself
-@pytest.mark.parametrize("way", ["fused", "sampled", "reference"])
-def test_a_compiled_model(way: str) -> None:
-    how = {"way": way} | ({"sampled": 1} if way == "sampled" else {})
+@pytest.mark.parametrize("estimator", ["fused", "sampled", "reference"])
+def test_a_compiled_model(estimator: str) -> None:
+    how = {"estimator": estimator} | ({"num_sampled": 1} if estimator == "sampled" else {})
     plain, batch = smooth_net(), batch_of()
     run(plain, batch, how)
     for compiled in (torch.compile(smooth_net(), backend="aot_eager"), smooth_net()):
@@ -607,7 +632,7 @@ def average_on_two_workers(rank: int, path: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
     parts = split(batch_of(32), 2)
-    for how in WAYS:
+    for how in ESTIMATORS:
         serial = []
         for part in parts:
             alone = smooth_net()
@@ -652,7 +677,7 @@ def peak_in_parameters(how: dict[str, Any] | None, sub_batches: int) -> float:
     return max(itertools.accumulate(sizes)) / sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-@EVERY_WAY
+@EVERY_ESTIMATOR
 def test_a_step_holds_at_most_two_more_copies_of_the_parameters(how: dict[str, Any]) -> None:
     plain = peak_in_parameters(None, 1)
     assert plain == pytest.approx(1, abs=0.1)
@@ -672,10 +697,13 @@ def test_a_step_holds_at_most_two_more_copies_of_the_parameters(how: dict[str, A
         ({"sub_batches": None, "sub_batch_size": 16}, "sub_batch_size must divide the local batch, got 16 and 24"),
         ({"sub_batch_size": 6}, "give either sub_batches or sub_batch_size, got 4 and 6"),
         ({"sub_batches": None}, "give either sub_batches or sub_batch_size, got None and None"),
-        ({"way": "quick"}, "way must be one of fused, sampled, reference, got 'quick'"),
-        ({"way": "sampled"}, "sampled must be from 1 to the number of sub-batches, 4, got None"),
-        ({"way": "sampled", "sampled": 5}, "sampled must be from 1 to the number of sub-batches, 4, got 5"),
-        ({"sampled": 2}, "sampled belongs to way='sampled', got sampled=2 and way='fused'"),
+        ({"estimator": "quick"}, "estimator must be one of fused, sampled, reference, got 'quick'"),
+        ({"estimator": "sampled"}, "num_sampled must be from 1 to the number of sub-batches, 4, got None"),
+        (
+            {"estimator": "sampled", "num_sampled": 5},
+            "num_sampled must be from 1 to the number of sub-batches, 4, got 5",
+        ),
+        ({"num_sampled": 2}, "num_sampled needs estimator='sampled', got num_sampled=2 and estimator='fused'"),
         ({"alpha": 0.0}, "alpha must be positive, got 0.0"),
         ({"alpha": float("nan")}, "alpha must be positive, got nan"),
         ({"derivative": "euler"}, "derivative must be one of finite_difference, exact, got 'euler'"),
@@ -701,8 +729,8 @@ def test_bad_input_of_the_pure_function() -> None:
         run(model, batch_of(), {})
 
 
-@pytest.mark.parametrize("way", ["plain", "sampled", "reference"])
-def test_a_batch_in_pieces_has_the_gradient_of_the_whole(way: str) -> None:
+@pytest.mark.parametrize("estimator", ["plain", "sampled", "reference"])
+def test_a_batch_in_pieces_has_the_gradient_of_the_whole(estimator: str) -> None:
     """Without BatchNorm pieces of 3 images, the last smaller, add up to the batch; hooks fire once a parameter."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.SiLU(), nn.Linear(7, 4)).double()
@@ -715,17 +743,17 @@ def test_a_batch_in_pieces_has_the_gradient_of_the_whole(way: str) -> None:
         model.zero_grad()
         fired.clear()
         torch.manual_seed(1)
-        if way == "plain":
-            losses = plain_backward(model, nn.CrossEntropyLoss(), images, labels, weight=0.5, max_batch_size=pieces)
+        if estimator == "plain":
+            losses = plain_backward(model, nn.CrossEntropyLoss(), images, labels, loss_scale=0.5, max_batch_size=pieces)
         else:
             losses = regularized_backward(
-                model, nn.CrossEntropyLoss(), images, labels, alpha=0.01, beta=2.0, sub_batches=4, way=way,  # type: ignore[arg-type]
-                sampled=1 if way == "sampled" else None, weight=0.5, max_batch_size=pieces,
+                model, nn.CrossEntropyLoss(), images, labels, alpha=0.01, beta=2.0, sub_batches=4, estimator=estimator,  # type: ignore[arg-type]
+                num_sampled=1 if estimator == "sampled" else None, loss_scale=0.5, max_batch_size=pieces,
             )  # fmt: skip
         assert sorted(fired) == sorted(name for name, _ in model.named_parameters())
         found.append((losses.loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]))
     torch.testing.assert_close(found[0], found[1])
-    if way == "plain":
+    if estimator == "plain":
         model.zero_grad()
         (0.5 * nn.CrossEntropyLoss()(model(images), labels)).backward()
         torch.testing.assert_close([p.grad for p in model.parameters()], found[1][1])

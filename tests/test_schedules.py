@@ -5,7 +5,7 @@ import math
 import pytest
 
 from infomcr_dist.config import RegularizerSettings, ScheduleSettings
-from infomcr_dist.schedules import LearningRate, PenaltyWeight, TimeShare
+from infomcr_dist.schedules import LearningRate, PenaltyWeight, TimeFraction
 
 STEPS = 50  # an epoch
 
@@ -22,7 +22,7 @@ def rates(settings: ScheduleSettings, epochs: int, losses: list[float] | None = 
 def switch_on(
     settings: RegularizerSettings, schedule: ScheduleSettings, epochs: int, **more: list[float]
 ) -> float | None:
-    """Progress in epochs at which the regularizer goes on, or None."""
+    """Progress in epochs at which the regularizer is switched on, or None."""
     weight = PenaltyWeight(settings, schedule.warmup_epochs)
     on = [weight.at(i / STEPS, rate) is not None for i, rate in enumerate(rates(schedule, epochs, **more))]
     assert on == sorted(on), "once on, the regularizer stays on"
@@ -74,17 +74,17 @@ def test_plateau_state_survives_a_restart() -> None:
 
 @pytest.mark.parametrize("warmup", [0.0, 1.0])
 @pytest.mark.parametrize("factor", [0.1, 0.2, 0.7])
-def test_goes_on_at_the_first_milestone(warmup: float, factor: float) -> None:
+def test_is_switched_on_at_the_first_milestone(warmup: float, factor: float) -> None:
     schedule = ScheduleSettings(warmup_epochs=warmup, milestones=(2, 3), factor=factor)
     assert switch_on(AFTER_DROP, schedule, 5) == 2.0
 
 
-def test_goes_on_at_the_first_plateau_drop() -> None:
+def test_is_switched_on_at_the_first_plateau_drop() -> None:
     schedule = ScheduleSettings(kind="plateau", patience=1)
     assert switch_on(AFTER_DROP, schedule, 4, losses=[1.0, 0.5, 0.5, 0.4]) == 3.0
 
 
-def test_goes_on_at_half_the_peak_of_a_cosine() -> None:
+def test_is_switched_on_at_half_the_peak_of_a_cosine() -> None:
     assert switch_on(AFTER_DROP, ScheduleSettings(kind="cosine"), 4) == pytest.approx(2.0, abs=1 / STEPS)
     assert switch_on(AFTER_DROP, ScheduleSettings(kind="cosine", warmup_epochs=2), 6) == pytest.approx(4, abs=1 / STEPS)
 
@@ -137,7 +137,7 @@ def test_switch_survives_a_restart() -> None:
 
 @pytest.mark.parametrize(("share", "cost"), [(0.02, 5.0), (0.1, 0.3), (0.5, 40.0)])
 def test_a_time_share_is_used_up_and_not_exceeded(share: float, cost: float) -> None:
-    meter, now, count = TimeShare(share, began=100.0), 100.0, 0
+    meter, now, count = TimeFraction(share, began=100.0), 100.0, 0
     for _ in range(10_000):
         now += 1.0
         if meter.allows(now, guess=2 * cost):

@@ -1,6 +1,5 @@
 """launch/slurm.sbatch on two nodes, both this machine, with a stub for Slurm; and in a Slurm of one node."""
 
-import json
 import os
 import shutil
 import signal
@@ -16,6 +15,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from infomcr_dist import checkpoint
+from infomcr_dist.records import FILE, StepRecord, read_records
 
 SCRIPT = Path(__file__).parent.parent / "launch" / "slurm.sbatch"
 RECIPE = """
@@ -64,11 +64,8 @@ def submit(project: Path, *settings: str) -> subprocess.Popen[str]:
 
 
 def steps(project: Path) -> list[int]:
-    try:
-        lines = (project / "run" / "records.jsonl").read_text().splitlines()
-    except FileNotFoundError:
-        return []
-    return [record["step"] for record in map(json.loads, lines) if record["kind"] == "step"]
+    path = project / "run" / FILE
+    return [record.step for record in read_records(path, (StepRecord,))] if path.exists() else []
 
 
 def requested(project: Path) -> list[str]:
@@ -78,15 +75,20 @@ def requested(project: Path) -> list[str]:
     return lines
 
 
-def test_a_job_is_saved_and_queued_again_at_its_time_limit_alone(project: Path) -> None:
-    # A node is shut down, then the time is over, then it finishes.
-    for number, code, requests in ((signal.SIGTERM, 75, []), (signal.SIGUSR1, 0, ["requeue 7"]), (None, 0, [])):
+def test_a_job_that_was_saved_and_not_cancelled_is_queued_again(project: Path) -> None:
+    # A node is shut down, then the time limit is near, then one worker is asked to stop, then it finishes.
+    for number, target, code, requests in (
+        (signal.SIGTERM, "job", 75, []),
+        (signal.SIGUSR1, "job", 0, ["requeue 7"]),
+        (signal.SIGTERM, "worker", 0, ["requeue 7"]),
+        (None, "", 0, []),
+    ):
         done = len(steps(project))
-        with submit(project) as job:
+        with submit(project, "pid_dir=pids") as job:
             if number is not None:
                 while job.poll() is None and len(steps(project)) < done + 4:
                     time.sleep(0.05)
-                job.send_signal(number)
+                os.kill(job.pid if target == "job" else int((project / "pids" / "rank-0.pid").read_text()), number)
             output, _ = job.communicate(timeout=120)
         assert job.returncode == code, output
         assert checkpoint.load_newest(project / "run", pytest.fail)[1]["step"] == steps(project)[-1], output
@@ -102,7 +104,7 @@ def test_a_wrong_setting_fails_the_job(project: Path) -> None:
     assert requested(project) == []
 
 
-# A job that is queued again waits until its credential has expired, two minutes unless told otherwise.
+# A job that is queued again waits until its credential has expired: two minutes by default.
 SLURM_CONF = """
 ClusterName=test
 SlurmctldHost=HOST(127.0.0.1)

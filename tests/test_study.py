@@ -18,14 +18,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infomcr_dist import results
-from infomcr_dist.grid import expand, load_study, state_of
-from infomcr_dist.jobs import Processes, Work, gpus_of, works
-from infomcr_dist.results import Results
-from infomcr_dist.study import main
+from infomcr_dist import records
+from infomcr_dist.records import (
+    EndRecord,
+    EpochRecord,
+    EvaluationRecord,
+    RecordWriter,
+    RegularizerOnRecord,
+    last_step,
+    read_records,
+)
+from infomcr_dist.study import results, statistics
+from infomcr_dist.study.__main__ import main
+from infomcr_dist.study.grid import StudyRun, expand, state_of
+from infomcr_dist.study.jobs import Processes, RunCounter, count_steps, gpus_of
+from infomcr_dist.study.results import Results
+from infomcr_dist.study.settings import load_study
 
 ROOT = Path(__file__).parent.parent
-STUDIES = sorted((ROOT / "launch" / "studies").glob("*.yaml"))
+STUDIES = sorted((ROOT / "infomcr_dist" / "studies").glob("*.yaml"))
 
 STUDY = """
 title: two rates
@@ -36,7 +47,7 @@ base:
   schedule: {{kind: constant}}
   regularizer: {{when: from_epoch, epoch: 8, sub_batch_size: 16}}
   checkpoint: {{every_steps: 2}}
-  nonfinite_steps: 1
+  max_nonfinite_steps: 1
   threads: 1
 grid:
   rate:
@@ -93,7 +104,7 @@ def test_every_study_plans(path: Path, scaled: str, tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize("scaled", ["true", "false"])
 @pytest.mark.parametrize("study", ["table_3", "batch_norm"])
 def test_studies_share_the_runs_of_table_1(study: str, scaled: str) -> None:
-    table_1, other = (expand(load_study(ROOT / "launch" / "studies" / f"{name}.yaml", [f"scaled={scaled}"]))
+    table_1, other = (expand(load_study(ROOT / "infomcr_dist" / "studies" / f"{name}.yaml", [f"scaled={scaled}"]))
                       for name in ("table_1", study))  # fmt: skip
     known = {run.directory: run for run in table_1}
     for run in other:
@@ -103,7 +114,7 @@ def test_studies_share_the_runs_of_table_1(study: str, scaled: str) -> None:
 
 
 def test_the_control_differs_from_the_regularized_runs_in_beta_alone() -> None:
-    runs = expand(load_study(ROOT / "launch" / "studies" / "batch_norm.yaml", ["scaled=true"]))
+    runs = expand(load_study(ROOT / "infomcr_dist" / "studies" / "batch_norm.yaml", ["scaled=true"]))
     beta_0, regularized = ([run.config for run in runs if run.cell[-1] == label] for label in ("beta-0", "+reg"))
     for control, config in zip(beta_0, regularized, strict=True):
         assert control.regularizer.beta == 0
@@ -178,6 +189,13 @@ def test_the_figure_files_are_whole(made: Path) -> None:
     assert not list((made / "out").glob(".*"))
 
 
+def test_a_comparison_is_drawn_as_differences(copy: Path) -> None:
+    figure = copy.parent / "out" / "figure.svg"
+    for compare, drawn in (("rate", True), ("null", False)):
+        assert main([str(copy), "figure=bars", f"compare={compare}"]) == 0
+        assert ("<!-- difference from slow" in figure.read_text()) == drawn
+
+
 def test_a_study_that_is_done_makes_nothing(made: Path, copy: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in copy.parent.glob("out/runs/*/*")}
     assert main([str(copy)]) == 0
@@ -226,7 +244,7 @@ def test_the_last_task_of_an_array_writes_the_table(made: Path, copy: Path, caps
     assert not (out / "table.csv").exists()
     assert main([str(copy), "run=2"]) == 0
     assert (out / "table.csv").read_bytes() == (made / "out" / "table.csv").read_bytes()
-    assert f"`python -m infomcr_dist.study {copy}`" in (out / "table.md").read_text()
+    assert f"`infomcr study {copy}`" in (out / "table.md").read_text()
     assert "written: table.md" in capsys.readouterr().out
 
 
@@ -237,7 +255,7 @@ def test_a_study_of_another_ones_runs_makes_its_own_directory(copy: Path) -> Non
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_ended_in_the_midst_and_repeated_is_as_never_ended(made: Path, copy: Path, number: signal.Signals) -> None:
+def test_interrupted_and_repeated_is_as_uninterrupted(made: Path, copy: Path, number: signal.Signals) -> None:
     run = copy.parent / "out" / "runs" / "fast_seed-1"
     shutil.rmtree(run)
     assert state_of(expand(load_study(copy, []))[3]) == "missing"
@@ -253,7 +271,7 @@ def test_ended_in_the_midst_and_repeated_is_as_never_ended(made: Path, copy: Pat
         os.kill(study.pid, number)
     if number == signal.SIGTERM:
         assert study.returncode == 75
-        assert log.read_text().endswith("stopped: repeat the command to go on\n")
+        assert log.read_text().endswith("stopped: repeat the command to resume\n")
         assert table_of(copy.parent / "out" / "table.csv")[1]["runs"] == "1"
     # What a killed study leaves behind notices within seconds, and saves; that may be its end.
     left = ["interrupted"] if number == signal.SIGTERM else ["interrupted", "trained"]
@@ -263,7 +281,7 @@ def test_ended_in_the_midst_and_repeated_is_as_never_ended(made: Path, copy: Pat
         assert (copy.parent / "out" / name).read_bytes() == (made / "out" / name).read_bytes(), name
 
 
-def test_a_failed_run_is_marked_and_the_rest_goes_on(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_run_is_marked_and_the_rest_continues(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A rate that breaks the run at once, first in the grid, and a run that is still to be measured."""
     path = copy.parent / "out" / "runs" / "slow_seed-0" / "measure.json"
     before = json.loads(path.read_text())
@@ -308,7 +326,7 @@ def test_other_settings_are_refused(copy: Path, capsys: pytest.CaptureFixture[st
         (["choose=rate"], "choose=rate would choose on the test images, got data.holdout_images=0 in cell slow"),
         (["compare=size"], "compare must be an axis of the grid (rate), got size"),
         (["paired=false"], "compare=rate needs the same seeds in all cells, got paired=false"),
-        (["base.seed=1"], "base.seed is the study's to give each run, got 1: leave it out"),
+        (["base.seed=1"], "base.seed is set by the study for each run, got 1: remove it"),
         (["parallel=0"], "parallel must be at least 1, got 0"),
         (["run=4"], "run must be from 0 to 3, got 4"),
         (["scaled=true"], "has no section 'scaled'"),
@@ -317,6 +335,8 @@ def test_other_settings_are_refused(copy: Path, capsys: pytest.CaptureFixture[st
         (["base.model=resnet21"], "model must be a known name"),
         (["title=${oc.env:HOME}"], "title must be written out"),
         (["other.yaml"], "give one study"),
+        (["base.data.mixing=full"], "cell slow: data.mixing is now data.shuffle"),
+        (["grid.rate.slow.nonfinite_steps=1"], "cell slow: nonfinite_steps is now max_nonfinite_steps"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -337,19 +357,110 @@ def test_labels_make_safe_folders(tmp_path: Path, small_data: Path) -> None:
             load_study(path, [])
 
 
-def test_the_estimate_follows_the_settings(tmp_path: Path, small_data: Path) -> None:
+def test_steps_are_counted_of_the_settings(tmp_path: Path, small_data: Path) -> None:
     path = write_study(tmp_path, small_data)
 
-    def work(*overrides: str) -> Work:
+    def count(*overrides: str) -> list[int]:
         settings = load_study(path, list(overrides))
-        return works(expand(settings), settings)[0]
+        return count_steps(expand(settings), settings.workers)
 
-    once, twice = work(), work("base.epochs=20", "base.regularizer.epoch=16")
-    assert (once.steps, twice.steps) == (10 * 4, 20 * 4)  # 200 images in batches of 64
-    assert once.training < twice.training < 2 * once.training  # whose start is the same
-    plain, always = work("grid.rate.slow.regularizer.epoch=10"), work("grid.rate.slow.regularizer.epoch=0")
-    assert plain.training < once.training < always.training
-    assert work("measure.trials=300").measuring > once.measuring
+    assert count() == [10 * 4] * 4  # 200 images in batches of 64
+    assert count("base.epochs=20", "base.data.drop_last=true") == [20 * 3] * 4
+    assert count("grid.rate.fast.data.train_images=64") == [40, 40, 10, 10]
+    batches = ["base.data.global_batch_size=null", "base.data.batch_size=16"]
+    assert count(*batches, "workers=2") == [10 * 7] * 4  # 32 images over both
+
+
+def test_finished_runs_and_their_steps_are_counted(
+    tmp_path: Path, small_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = expand(load_study(write_study(tmp_path, small_data), []))
+    counter = RunCounter(4, [(run, 40) for run in runs[1:]])
+    log_epochs(runs[1], 8, 12)
+    log_epochs(runs[3], 4)
+    counter.show()
+    assert "| 1/4 runs, step 16/120 [" in last_line(capsys)
+    log_epochs(runs[1], 40)
+    counter.finish(runs[1], failed=False)
+    counter.finish(runs[2], failed=True)
+    counter.show()
+    assert "75%|" in (line := last_line(capsys))
+    assert "| 3/4 runs, 1 of them failed, step 84/120 [" in line
+    counter.close()
+
+
+def log_epochs(run: StudyRun, *steps: int) -> None:
+    """Records of epochs that ended after these steps."""
+    run.directory.mkdir(parents=True, exist_ok=True)
+    writer = RecordWriter(run.directory / records.FILE)
+    for step in steps:
+        writer.log(EpochRecord(step, 1, 1, 0.5))
+    writer.close()
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().out.split("\r")[-1]
+
+
+def test_the_plan_counts_what_is_done_and_opens_no_data(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(copy.parent / "out" / "runs" / "fast_seed-1")
+    arguments = [str(copy), "plan=true", "seeds=3"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert [line.split()[2] for line in text.splitlines()[:6]] == ["done", "done", "missing"] + ["done"] + [
+        "missing"
+    ] * 2
+    assert f"3/6 runs are done (2 rate × 3 seeds), in {copy.parent / 'out'}\n" in text
+    assert f"'infomcr study {copy} seeds=3 run=$SLURM_ARRAY_TASK_ID'" in text
+    assert not re.search(r"about|estimate|\d (s|min|h)\b", text), "nothing is said of the time"
+
+
+def test_a_shipped_study_is_found_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["beta", "plan=true", "--scaled", "true"]) == 0
+    text = capsys.readouterr().out
+    assert "in studies/beta-scaled\n" in text
+    assert "'infomcr study beta scaled=true run=$SLURM_ARRAY_TASK_ID'" in text
+    assert main(["gamma"]) == 2
+    names = ", ".join(path.stem for path in STUDIES)
+    assert capsys.readouterr().err == f"error: study gamma does not exist: give a YAML file, or one of {names}\n"
+
+
+def test_a_run_of_another_release_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = copy.parent / "out" / "runs" / "slow_seed-1" / "config.yaml"
+    path.write_text(path.read_text().replace("shuffle: full", "mixing: full"))
+    assert main([str(copy)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: output: {path} cannot be read (data.mixing is now data.shuffle): give another output=DIRECTORY, "
+        "or remove the run\n"
+    )
+
+
+# Records, as a study reads them
+
+
+def test_records_of_some_kinds_are_those_of_all(made: Path) -> None:
+    for path in sorted(made.glob("out/runs/*/records.jsonl")):
+        everything = list(read_records(path))
+        for kinds in ((EndRecord,), (EpochRecord, EvaluationRecord), (RegularizerOnRecord,)):
+            wanted = [record for record in everything if isinstance(record, kinds)]
+            assert wanted
+            assert list(map(repr, read_records(path, kinds))) == list(map(repr, wanted))
+
+
+def test_the_last_step_is_that_of_all_records(made: Path, tmp_path: Path) -> None:
+    (path, *_) = sorted(made.glob("out/runs/*/records.jsonl"))
+    assert last_step(path) == list(read_records(path))[-1].step == 40
+    content = path.read_bytes()
+    cut = tmp_path / "records.jsonl"
+    assert last_step(cut) == 0
+    # Wherever a killed process has cut the file.
+    for length in (*range(0, 2000, 37), *range(2000, len(content), 1009)):
+        cut.write_bytes(content[:length])
+        found = [] if length == 0 or b"\n" not in content[:length] else list(read_records(cut))
+        assert last_step(cut) == (found[-1].step if found else 0)
 
 
 # Statistics, against numpy or published tables
@@ -364,15 +475,15 @@ def test_paired_differences_against_a_published_example() -> None:
     """Student's sleep data (1908): mean difference 1.58, 95 % interval 0.70 to 2.46."""
     first = np.array([0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0])
     second = np.array([1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4])
-    d = results.paired_difference(second, first)
+    d = statistics.paired_difference(second, first)
     assert (round(d.mean, 2), round(d.low, 2), round(d.high, 2), d.pairs) == (1.58, 0.70, 2.46, 10)
     assert d.deviation == pytest.approx(np.std(second - first, ddof=1))
-    with_gap = results.paired_difference(np.append(second, np.nan), np.append(first, 1.0))
+    with_gap = statistics.paired_difference(np.append(second, np.nan), np.append(first, 1.0))
     assert with_gap == d
 
 
 def test_seeds_needed_is_what_simulation_shows() -> None:
-    n = results.seeds_needed(deviation=0.7, effect=0.6)
+    n = statistics.seeds_needed(deviation=0.7, effect=0.6)
     assert n is not None
     draws = np.random.default_rng(0)
 
@@ -385,13 +496,13 @@ def test_seeds_needed_is_what_simulation_shows() -> None:
 
     assert power(n) > 0.79
     assert power(n - 1) < 0.80
-    assert results.seeds_needed(0.0, 0.5) == 2
-    assert results.seeds_needed(100.0, 0.3) is None
+    assert statistics.seeds_needed(0.0, 0.5) == 2
+    assert statistics.seeds_needed(100.0, 0.3) is None
 
 
 def test_a_larger_effect_never_needs_more_seeds() -> None:
     for deviation in (0.03, 0.11, 0.17, 0.7):
-        needed = [results.seeds_needed(deviation, effect / 10) or math.inf for effect in range(3, 31)]
+        needed = [statistics.seeds_needed(deviation, effect / 10) or math.inf for effect in range(3, 31)]
         assert needed == sorted(needed, reverse=True)
 
 
@@ -400,8 +511,10 @@ def test_kendall_counts_pairs() -> None:
     left, right = random.normal(size=(2, 30))
     pairs = [(i, j) for i in range(30) for j in range(i)]
     agreement = np.mean([np.sign((left[i] - left[j]) * (right[i] - right[j])) for i, j in pairs])
-    assert results.kendall(left, right) == pytest.approx(agreement)
-    assert results.kendall(left, np.append(right[:29], np.nan)) == pytest.approx(results.kendall(left[:29], right[:29]))
+    assert statistics.kendall(left, right) == pytest.approx(agreement)
+    assert statistics.kendall(left, np.append(right[:29], np.nan)) == pytest.approx(
+        statistics.kendall(left[:29], right[:29])
+    )
 
 
 def test_partial_kendall_is_the_partial_correlation_of_the_pairs_orders() -> None:
@@ -412,11 +525,11 @@ def test_partial_kendall_is_the_partial_correlation_of_the_pairs_orders() -> Non
     # What regression on the third leaves of the other two.
     rest = [s - signs[2] * (s @ signs[2]) / (signs[2] @ signs[2]) for s in signs[:2]]
     expected = np.corrcoef(*rest)[0, 1]
-    assert results.partial_kendall(left, right, fixed) == pytest.approx(expected)
+    assert statistics.partial_kendall(left, right, fixed) == pytest.approx(expected)
     missing = [np.append(values, nan) for values, nan in ((left, 1.0), (right, np.nan), (fixed, 1.0))]
-    assert results.partial_kendall(*missing) == pytest.approx(expected)
-    assert math.isnan(results.partial_kendall(left, right, np.exp(left)))
-    assert math.isnan(results.partial_kendall(left, right, np.zeros(25)))
+    assert statistics.partial_kendall(*missing) == pytest.approx(expected)
+    assert math.isnan(statistics.partial_kendall(left, right, np.exp(left)))
+    assert math.isnan(statistics.partial_kendall(left, right, np.zeros(25)))
 
 
 def test_correlations_and_choice() -> None:
@@ -445,4 +558,3 @@ def test_tables_with_missing_runs() -> None:
     differences = results.differences(found, "cell", "test")
     assert "| c1 | – |" in differences
     assert "| c2 | +5.00 |" in differences
-    results.draw_bars(found, ["test_error"], "", "test").savefig(os.devnull, format="png")

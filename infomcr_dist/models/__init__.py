@@ -1,11 +1,17 @@
 """The paper's networks, by name, and any other by import path."""
 
+import ast
 import difflib
+import functools
 import importlib
+import inspect
 from collections.abc import Callable
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from infomcr_dist.functional import functional_loss
 from infomcr_dist.models.cnn import cnn
 from infomcr_dist.models.densenet import densenet_100_12
 from infomcr_dist.models.resnet import resnet20, resnet50
@@ -21,25 +27,101 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
-def build(name: str, classes: int, image_size: int) -> nn.Module:
-    """A network by its name in MODELS, or by import path "package.module:function", called as
-    function(classes=..., image_size=...).
+_CLASSES = ("classes", "num_classes", "n_classes")
+_IMAGE_SIZE = ("image_size", "img_size")
+_WORDS = {"true": True, "false": False, "null": None, "none": None}
 
-    It maps images (B, 3, image_size, image_size) to logits (B, classes). Raises ValueError for an unknown name.
+
+def build(name: str, classes: int, image_size: int) -> nn.Module:
+    """A network that maps images (B, 3, image_size, image_size) to logits (B, classes).
+
+    Args:
+        name: A name in MODELS, or an import path with arguments, "package.module:function,argument,name=value":
+            `torchvision.models:resnet18`, `timm:create_model,resnet18d,pretrained=true`. The function is given the
+            classes as `classes` or `num_classes` and the image size as `image_size` or `img_size`, where it takes
+            them by these names and the arguments do not give them.
+        classes: Number of classes, at least 2.
+        image_size: Height and width of an image, in pixels.
+
+    Raises:
+        ValueError: An unknown name, a function that cannot be imported, raises, or returns something else than a torch
+            module with a parameter to train, and a module that does not return such logits.
     """
     if classes < 2 or image_size < 1:
         raise ValueError(f"model needs at least 2 classes and 1 pixel, got {classes} classes and {image_size} pixels")
     if name in MODELS:
         return MODELS[name](classes, image_size)
-    module, colon, function = name.partition(":")
+    path, *arguments = name.split(",")
+    module, colon, function = path.partition(":")
     if not colon:
         nearest = difflib.get_close_matches(name, MODELS, n=1, cutoff=0)[0]
         raise ValueError(f"model must be a known name or package.module:function, got {name!r}; nearest: {nearest!r}")
     try:
-        builder = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"model={name!r} cannot be imported: {error}") from error
-    model = builder(classes=classes, image_size=image_size)
+        builder = functools.reduce(getattr, function.split("."), importlib.import_module(module))
+    except Exception as error:
+        raise ValueError(f"model={name!r} cannot be imported: {_one_line(error)}") from error
+    try:
+        model = _call(builder, arguments, classes, image_size)
+    except Exception as error:
+        raise ValueError(f"model={name!r} cannot be built: {_one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"model={name!r} must return a torch module, got {type(model).__name__}")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"model={name!r} has nothing to train: no parameter requires a gradient")
+    _check_logits(name, model, classes, image_size)
     return model
+
+
+def _call(builder: Any, arguments: list[str], classes: int, image_size: int) -> Any:
+    positional = [_value(argument) for argument in arguments if "=" not in argument]
+    named = {key: _value(text) for key, _, text in (item.partition("=") for item in arguments if "=" in item)}
+    try:
+        signature = inspect.signature(builder)
+    except ValueError:  # of a builtin
+        return builder(*positional, **named)
+    parameters = signature.parameters
+    given = signature.bind_partial(*positional, **named).arguments.keys() | named
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for names, value in ((_CLASSES, classes), (_IMAGE_SIZE, image_size)):
+        if given & set(names):
+            continue
+        known = [candidate for candidate in names if candidate in parameters]
+        if known:
+            named[known[0]] = value
+        elif anything and names is _CLASSES:  # torchvision and timm hand it on
+            named["num_classes"] = value
+    return builder(*positional, **named)
+
+
+def _value(text: str) -> Any:
+    """A number, true, false, null or a text."""
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _check_logits(name: str, model: nn.Module, classes: int, image_size: int) -> None:
+    """In training and in eval mode, on copies of the modules, which leave their state and the random numbers alone."""
+    parameter = next(model.parameters())
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        images = torch.rand(2, 3, image_size, image_size, dtype=parameter.dtype, device=parameter.device)
+        for evaluate in (False, True):
+            try:
+                logits = functional_loss(model, evaluate=evaluate).logits({}, images)
+            except Exception as error:
+                raise ValueError(
+                    f"model={name!r} cannot take images of {image_size} x {image_size} pixels: {_one_line(error)}"
+                ) from error
+            if not isinstance(logits, Tensor) or logits.shape != (2, classes):
+                got = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+                mode = "eval" if evaluate else "training"
+                raise ValueError(
+                    f"model={name!r} must return logits (B, {classes}) of B images, got {got} for B = 2 in {mode} mode"
+                )
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

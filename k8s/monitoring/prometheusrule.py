@@ -7,7 +7,7 @@ from pathlib import Path
 from textwrap import indent
 
 FILE = Path(__file__).with_name("prometheusrule.yaml")
-_HEAD = """# Written by prometheusrule.py from rules.yaml: change that.
+_HEAD = """# Written by prometheusrule.py from rules.yaml; edit rules.yaml.
 apiVersion: monitoring.coreos.com/v1
 kind: PrometheusRule
 metadata:
@@ -17,7 +17,7 @@ spec:
 
 
 def to_yaml() -> str:
-    """The file's text: the rules below ``spec``."""
+    """The rules, indented below ``spec``."""
     return _HEAD + indent(FILE.with_name("rules.yaml").read_text(), "  ")
 
 

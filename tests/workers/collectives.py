@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from infomcr_dist import regularized_backward
-from infomcr_dist.world import Horovod, UserError, connect
+from infomcr_dist.engines import connect
+from infomcr_dist.engines.horovod import HorovodWorld
+from infomcr_dist.world import UserError
 
 SUB_BATCH, IMAGES = 4, 16  # a worker
 
@@ -40,18 +42,18 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a) / max(float(g.abs().max()) for g in b.values())
 
 
-def settings(way: str) -> dict[str, Any]:
+def settings(estimator: str) -> dict[str, Any]:
     # α and β far from the defaults: the penalty's part of the gradient must not hide in its rounding.
-    return {"alpha": 0.05, "beta": 3.0, "way": way, "sampled": 2 if way == "sampled" else None}
+    return {"alpha": 0.05, "beta": 3.0, "estimator": estimator, "num_sampled": 2 if estimator == "sampled" else None}
 
 
-def serial_gradient(way: str, norm: bool, size: int) -> dict[str, Tensor]:
+def serial_gradient(estimator: str, norm: bool, size: int) -> dict[str, Tensor]:
     """One process on the union of the workers' sub-batches; for sampled, the mean over what each worker draws."""
     images, labels = (torch.cat(tensors) for tensors in zip(*map(batch, range(size)), strict=True))
     model = net(norm)
-    if way != "sampled":
+    if estimator != "sampled":
         regularized_backward(
-            model, nn.CrossEntropyLoss(), images, labels, sub_batches=size * IMAGES // SUB_BATCH, **settings(way)
+            model, nn.CrossEntropyLoss(), images, labels, sub_batches=size * IMAGES // SUB_BATCH, **settings(estimator)
         )
         return gradients(model)
     for rank in range(size):
@@ -61,24 +63,25 @@ def serial_gradient(way: str, norm: bool, size: int) -> dict[str, Tensor]:
             nn.CrossEntropyLoss(),
             *batch(rank),
             sub_batches=IMAGES // SUB_BATCH,
-            weight=1 / size,
-            **settings(way),
+            loss_scale=1 / size,
+            **settings(estimator),
         )
     return gradients(model)
 
 
-def distributed_gradient(world: Horovod, way: str, sent: list[str], norm: bool) -> dict[str, Tensor]:
+def distributed_gradient(world: HorovodWorld, estimator: str, sent: list[str], norm: bool) -> dict[str, Tensor]:
     model = net(norm)
     optimizer = world.distribute(torch.optim.SGD(model.parameters(), lr=0.1), model)
     optimizer.zero_grad()
     torch.manual_seed(world.rank)
     sent.clear()
     images, labels = batch(world.rank)
-    if way == "plain":
+    if estimator == "plain":
         nn.CrossEntropyLoss()(model(images), labels).backward()
     else:
-        sub_batches = IMAGES // SUB_BATCH
-        regularized_backward(model, nn.CrossEntropyLoss(), images, labels, sub_batches=sub_batches, **settings(way))
+        regularized_backward(
+            model, nn.CrossEntropyLoss(), images, labels, sub_batches=IMAGES // SUB_BATCH, **settings(estimator)
+        )
     world.average_gradients(optimizer)
     result = gradients(model)
     world.update(optimizer)
@@ -87,7 +90,7 @@ def distributed_gradient(world: Horovod, way: str, sent: list[str], norm: bool) 
 
 def main(output: Path) -> None:
     world = connect()
-    assert isinstance(world, Horovod)
+    assert isinstance(world, HorovodWorld)
     report: dict[str, Any] = {"rank": world.rank, "size": world.size, "local_rank": world.local_rank}
 
     sent: list[str] = []
@@ -98,13 +101,13 @@ def main(output: Path) -> None:
         return allreduce(tensor, *args, name=name, **more)
 
     hvd_optimizer.allreduce_async_ = counting
-    for way in ("fused", "sampled", "reference"):
-        norm = way == "fused"  # the other ways' loss term sees BatchNorm statistics that differ with the split
+    for estimator in ("fused", "sampled", "reference"):
+        norm = estimator == "fused"  # the others' loss term sees BatchNorm statistics that differ with the split
         distributed_gradient(world, "plain", sent, norm)
         plain = sorted(sent)
-        result = distributed_gradient(world, way, sent, norm)
-        report[f"sent {way}"] = [plain, sorted(sent)]
-        report[f"difference {way}"] = difference(result, serial_gradient(way, norm, world.size))
+        result = distributed_gradient(world, estimator, sent, norm)
+        report[f"sent {estimator}"] = [plain, sorted(sent)]
+        report[f"difference {estimator}"] = difference(result, serial_gradient(estimator, norm, world.size))
 
     # A last, smaller global batch: the first worker has two images, the second one, any other none.
     model = net(norm=False)
@@ -128,11 +131,11 @@ def main(output: Path) -> None:
     report["sum"] = world.sum([world.rank + 1, 0.5])
     report["broadcast"] = world.broadcast({"rank": world.rank})
     try:
-        with world.together():
+        with world.synchronize_errors():
             if world.rank == world.size - 1:
                 raise ValueError(f"trouble on rank {world.rank}")
     except UserError as error:
-        report["together"] = [str(error), error.everywhere]
+        report["synchronized"] = [str(error), error.everywhere]
     (output / f"{world.rank}.json").write_text(json.dumps(report))
     world.close()
 

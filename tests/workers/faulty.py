@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from infomcr_dist import checkpoint, run, train
-from pipelines import Order, Part
+from infomcr_dist import checkpoint, diagnostics, step, train
+from pipelines import LocalBatch, Sampler
 
 STEP = 13
 """The step a fault hits, counted from 0: a regularized one, with 5 steps an epoch and a drop after 2 epochs"""
@@ -31,30 +31,30 @@ def at(moment: str, strike: Callable[[], None]) -> None:
             struck = True
             strike()
 
-    step = train.train_step
+    train_step = train.train_step
 
     def counted(*args: Any, **settings: Any) -> Any:
         nonlocal steps
         steps += 1
         if moment == "plain step" and steps == 4:
             once()
-        return step(*args, **settings)
+        return train_step(*args, **settings)
 
     train.train_step = counted
     if moment == "regularized step":  # between the two passes over a sub-batch, when w − αg is in use
-        from infomcr_dist import regularizer
+        from infomcr_dist.passes import Passes
 
-        moved = regularizer.moved
+        pure = Passes.pure
 
         def struck_between(*args: Any) -> Any:
             if steps == STEP + 1:
                 once()
-            return moved(*args)
+            return pure(*args)
 
-        regularizer.moved = struck_between
+        Passes.pure = struck_between  # type: ignore[method-assign]
     elif moment == "last step of an epoch":
-        regularized = train.regularized_backward
-        plain = train.plain_backward
+        regularized = step.regularized_backward
+        plain = step.plain_backward
 
         def struck_last(backward: Any) -> Any:
             def call(*args: Any, **settings: Any) -> Any:
@@ -64,7 +64,7 @@ def at(moment: str, strike: Callable[[], None]) -> None:
 
             return call
 
-        train.regularized_backward, train.plain_backward = struck_last(regularized), struck_last(plain)
+        step.regularized_backward, step.plain_backward = struck_last(regularized), struck_last(plain)
     elif moment == "evaluation":
         evaluate = train.evaluate
 
@@ -90,38 +90,38 @@ def at(moment: str, strike: Callable[[], None]) -> None:
 
 def not_finite() -> None:
     """The next gradient of this worker is not finite, once."""
-    backward = train.regularized_backward
+    backward = step.regularized_backward
 
     def infinite(model: Any, *args: Any, **settings: Any) -> Any:
         weight = next(model.parameters())
         weight.grad = torch.full_like(weight, math.inf)  # before the backward, whose hooks send the sum
-        train.regularized_backward = backward
+        step.regularized_backward = backward
         return backward(model, *args, **settings)
 
-    train.regularized_backward = infinite
+    step.regularized_backward = infinite
 
 
 def flipped_bit() -> None:
     """One bit of one weight of this worker flips, after some step."""
-    digest = run.weights_digest
+    digest = diagnostics.weights_digest
 
     def flipped(model: Any, buffers: bool) -> str:
         weight = next(model.parameters()).data.view(-1)
         weight[:1].view(torch.int32).bitwise_xor_(1)
-        train.weights_digest = digest
+        diagnostics.weights_digest = digest
         return digest(model, buffers)
 
-    train.weights_digest = flipped
+    diagnostics.weights_digest = flipped
 
 
 def one_batch_fewer() -> None:
     """This worker's epochs end a step early."""
-    parts = Order.parts
+    batches = Sampler.local_batches
 
-    def fewer(self: Order, epoch: int, rank: int, size: int, start: int = 0) -> Iterator[Part]:
-        return (part for part in parts(self, epoch, rank, size, start) if part.step < self.steps - 1)
+    def fewer(self: Sampler, epoch: int, rank: int, size: int, start: int = 0) -> Iterator[LocalBatch]:
+        return (batch for batch in batches(self, epoch, rank, size, start) if batch.step < self.steps - 1)
 
-    Order.parts = fewer  # type: ignore[method-assign]
+    Sampler.local_batches = fewer  # type: ignore[method-assign]
 
 
 def main() -> int:

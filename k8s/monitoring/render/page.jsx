@@ -1,4 +1,4 @@
-// The page that render.mjs photographs: window.picture is the dashboard with its queries' answers.
+// The page of render.mjs's screenshot: window.picture is the dashboard with the results of its queries.
 import {
   applyFieldOverrides,
   createTheme,
@@ -17,7 +17,7 @@ const { dashboard, job, from, to, step, row, header } = window.picture;
 const theme = createTheme({ colors: { mode: 'light' } });
 const range = { from: dateTime(from * 1000), to: dateTime(to * 1000), raw: { from: '', to: '' } };
 
-// Which field settings there are is known to Grafana's application, not to its libraries: all that the dashboard uses.
+// Grafana's libraries lack the list of field settings that its application has: register those the dashboard uses.
 const settings = new Registry(() =>
   [...new Set(dashboard.panels.flatMap((panel) => settingsOf(panel.fieldConfig)))].map((id) => ({
     id,
@@ -36,7 +36,7 @@ function settingsOf(config) {
   return [...Object.keys(defaults), ...Object.keys(custom).map((key) => `custom.${key}`), ...overrides];
 }
 
-/** A frame a series, all at the same times; a time without a value is null. */
+/** One frame per series, all at the same times; null where a series has no value. */
 function framesOf(panel) {
   const times = [];
   for (let t = from; t <= to; t += step) times.push(t * 1000);
@@ -75,7 +75,7 @@ function dressed(panel) {
   });
 }
 
-/** The marks: one where a query's positive values begin. */
+/** One mark at the start of each interval in which a query is positive. */
 const marks = dashboard.annotations.list.flatMap((annotation, i) =>
   annotation.result.flatMap(({ values }) =>
     values
@@ -84,7 +84,7 @@ const marks = dashboard.annotations.list.flatMap((annotation, i) =>
   )
 );
 
-/** Grafana's application draws marks, its libraries do not: a dashed line and a triangle; marks of one time alternate. */
+/** Only Grafana's application draws annotations: here a dashed line and a triangle; simultaneous marks alternate. */
 function Marks({ config }) {
   useLayoutEffect(() => {
     config.addHook('draw', ({ ctx, bbox, valToPos }) => {

@@ -1,10 +1,10 @@
-// A picture of ../dashboard.json, drawn by Grafana's own components (@grafana/ui) in Chromium; no Grafana server.
+// Draws ../dashboard.json with Grafana's own components (@grafana/ui) in Chromium, without a Grafana server.
 //
 //   npm install --ignore-scripts --no-package-lock
 //   node render.mjs http://127.0.0.1:9090 JOB OUTPUT.png [UNIX_TIME]
 //
-// It asks that Prometheus what the panels' queries ask, over the job's last two hours, as of now or of that time.
-// $CHROMIUM: the browser.
+// It sends the panels' queries to that Prometheus, over the job's last two hours before now or before UNIX_TIME.
+// $CHROMIUM: the browser, by default chromium.
 import { execFileSync } from 'node:child_process';
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
@@ -31,10 +31,10 @@ async function api(path, parameters) {
   return body.data.result;
 }
 
-// From the first to the last moment at which the job's endpoints said anything.
+// From the job's first to its last sample.
 const now = until ? Number(until) : Date.now() / 1000;
 const seen = (await api('query_range', { query: `sum(infomcr_world_size{job="${job}"})`, start: now - 7200, end: now, step: 1 }))[0];
-if (!seen) throw new Error(`${prometheus} has nothing of the job ${job}`);
+if (!seen) throw new Error(`${prometheus} has no samples of the job ${job}`);
 const from = seen.values[0][0];
 const to = seen.values.at(-1)[0];
 const step = Math.max(1, Math.ceil((to - from) / POINTS));
@@ -91,7 +91,7 @@ try {
     `--screenshot=${resolve(output)}`,
     `file://${join(folder, 'page.html')}`,
   ];
-  execFileSync(process.env.CHROMIUM ?? 'chromium', browser, { stdio: 'pipe' }); // what it says is shown if it fails
+  execFileSync(process.env.CHROMIUM ?? 'chromium', browser, { stdio: 'pipe' }); // its output is part of the error if it fails
 } finally {
   rmSync(folder, { recursive: true, force: true });
 }

@@ -1,0 +1,99 @@
+"""The workers of a Horovod job: the only module that imports horovod."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+from horovod.common.exceptions import HorovodInternalError
+from torch import Tensor, nn
+
+from infomcr_dist.world import HostsChanged, World, local_device
+
+
+class HorovodWorld(World):
+    """The workers that ``horovodrun``, or ``mpirun`` with a Horovod built for it, started.
+
+    Args:
+        hang_timeout_seconds: after so long, a worker that takes no part in a collective ends it, as does a silent
+            network (which is given at least a minute: a start may take it). None: never.
+    """
+
+    def __init__(self, hang_timeout_seconds: float | None) -> None:
+        if hang_timeout_seconds is not None:  # read when Horovod starts; what the user has set for it stands
+            limit = str(math.ceil(hang_timeout_seconds))
+            os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(math.ceil(hang_timeout_seconds / 2)))
+            os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", limit)
+            os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(max(60, math.ceil(hang_timeout_seconds))))
+        self._hosts_changed = False
+        self.elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
+        self._begin()
+        self.exit_errors = (*self.exit_errors, HorovodInternalError)
+        if self.elastic:
+            from horovod.common.elastic import notification_manager
+
+            self.restart_errors = (HorovodInternalError, HostsChanged)
+            notification_manager.init()
+            notification_manager.register_listener(self)
+        self.device = local_device(self.local_rank)
+
+    def _begin(self) -> None:
+        hvd.init()
+        self.rank, self.size = hvd.rank(), hvd.size()
+        self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
+
+    def on_hosts_updated(self, timestamp: int, update: Any) -> None:
+        """Called by Horovod, on rank 0, in a thread of its own."""
+        self._hosts_changed = True
+
+    def hosts_changed(self) -> bool:
+        return self._hosts_changed
+
+    def restart(self) -> None:
+        self._hosts_changed = False
+        hvd.shutdown()
+        self._begin()
+
+    def distribute(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+        hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+        wrapped: torch.optim.Optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
+        return wrapped
+
+    def average_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.synchronize()  # type: ignore[attr-defined]
+
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        with optimizer.skip_synchronize():  # type: ignore[attr-defined]
+            optimizer.step()
+
+    def broadcast(self, value: Any, root: int = 0) -> Any:
+        # Without a name Horovod takes that of the value's type, and hangs where the workers' types differ.
+        return hvd.broadcast_object(value, root_rank=root, name="broadcast")
+
+    def gather(self, value: Any) -> list[Any]:
+        values: list[Any] = hvd.allgather_object(value, name="gather")
+        return values
+
+    def sum_later(self, values: Tensor) -> Callable[[], list[float]]:
+        handle = hvd.allreduce_async(values, name="sums", op=hvd.Sum)
+        return lambda: hvd.synchronize(handle).tolist()
+
+    def average_buffers(self, model: nn.Module) -> None:
+        buffers = {name: b for name, b in model.named_buffers() if b.is_floating_point()}
+        if buffers and self.size > 1:
+            means: list[Tensor] = hvd.grouped_allreduce(list(buffers.values()), name="buffers")
+            for buffer, mean in zip(buffers.values(), means, strict=True):
+                buffer.copy_(mean)
+        counters = {name: b for name, b in model.named_buffers() if not b.is_floating_point()}
+        for name, counter in self.broadcast({name: b.cpu() for name, b in counters.items()}).items():
+            counters[name].copy_(counter)
+
+    def barrier(self) -> None:
+        hvd.barrier()
+
+    def close(self) -> None:
+        hvd.shutdown()

@@ -1,0 +1,234 @@
+"""What a run trains on: the data set, its splits, the global batches of an epoch, and how the workers share them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from infomcr_dist import models
+from infomcr_dist.config import Config
+from infomcr_dist.overhead_budget import OverheadBudget
+from infomcr_dist.world import World
+from pipelines import Dataset, LoaderConfig, LocalBatch, Sampler, Split, open_dataset
+from pipelines.random_streams import Stream, generator
+
+DEMO_DATA = Path("data") / "fashion-mnist"
+"""Where ``data.path=fashion-mnist`` is, below the current directory."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A function of the settings, the data set and the number of workers."""
+
+    config: Config
+    dataset: Dataset
+    splits: dict[str, Split]
+    """train and test: what the run trains on and is evaluated on"""
+    sampler: Sampler
+    image_size: int
+    """Side of the square images the model gets, pixels"""
+    sub_batch_size: int | None
+    """None: never regularized"""
+    world_size: int
+
+    @property
+    def local_batch_size(self) -> int:
+        """Images a worker has in a step, at most."""
+        return self.sampler.largest_local_batch(self.world_size)
+
+    @property
+    def num_sub_batches(self) -> int:
+        """Sub-batches a worker has in a step, at most (M)."""
+        return self.local_batch_size // (self.sub_batch_size or self.local_batch_size)
+
+    def build_model(self) -> nn.Module:
+        """The network, with the initial weights of the run's seed."""
+        torch.manual_seed(self.config.seed)
+        return models.build(self.config.model, classes=len(self.dataset.classes), image_size=self.image_size)
+
+    def num_penalized(self, batch: LocalBatch, step: int, budget: OverheadBudget | None) -> int | None:
+        """How many sub-batches of a worker's batch a regularized step penalizes; None: the batch does not split.
+
+        A last, smaller global batch is regularized only if it splits into whole sub-batches: their size is the
+        penalty's strength.
+        """
+        size = self.sub_batch_size
+        if size is None or batch.global_size % size:
+            return None
+        sub_batches = len(batch.samples) // size
+        if budget is not None:
+            return min(budget.draw(step), sub_batches)
+        return min(self.config.regularizer.num_sampled or sub_batches, sub_batches)
+
+    def train_loader_config(self, world: World) -> LoaderConfig:
+        """Of the training split, augmented, for the steps."""
+        data = self.config.data
+        return replace(
+            eval_loader_config(self.config, self.dataset, self.image_size, self.local_batch_size, world),
+            backend=data.backend,
+            augmentation=data.augmentation,
+            color_jitter=data.color_jitter,
+        )
+
+    def eval_loader_config(self, world: World, batch_size: int) -> LoaderConfig:
+        """Of a split as it is, for evaluation and metric."""
+        return eval_loader_config(self.config, self.dataset, self.image_size, batch_size, world)
+
+
+def open_experiment(config: Config, world_size: int) -> Experiment:
+    """Open the data set and plan the steps.
+
+    Raises:
+        ValueError: the data set is missing or damaged, or the settings do not fit it or the number of workers.
+    """
+    dataset = open_data(config.data.path)
+    splits = select_splits(config, dataset)
+    sampler, sub_batch_size = plan_steps(config, splits["train"], world_size)
+    image_size = config.data.image_size or stored_size(dataset)
+    return Experiment(config, dataset, splits, sampler, image_size, sub_batch_size, world_size)
+
+
+def open_data(path: str) -> Dataset:
+    """The data set of the setting ``data.path``; ValueError if it cannot be opened."""
+    if path == "fashion-mnist" and not DEMO_DATA.exists():
+        raise ValueError(
+            f"{DEMO_DATA} is not there yet: the first run prepares it, or python -m pipelines.prepare "
+            f"fashion-mnist {DEMO_DATA}"
+        )
+    return open_dataset(DEMO_DATA if path == "fashion-mnist" else path)
+
+
+def prepare_demo_data(path: str) -> None:
+    """Make the demo's data set where ``data.path`` asks for it and it is missing, by the command a user would type.
+
+    Raises:
+        ValueError: it could not be prepared; the command has printed why.
+    """
+    if path != "fashion-mnist" or DEMO_DATA.exists():
+        return
+    print(f"preparing {DEMO_DATA}, once …", flush=True)
+    command = [sys.executable, "-m", "pipelines.prepare", "fashion-mnist", str(DEMO_DATA)]
+    if subprocess.run(command, check=False).returncode:
+        raise ValueError(
+            f"data.path: fashion-mnist could not be prepared (the reason is above): repeat with "
+            f"python -m pipelines.prepare fashion-mnist {DEMO_DATA}, or give data.path=DIRECTORY of another data set"
+        )
+
+
+def select_splits(config: Config, dataset: Dataset) -> dict[str, Split]:
+    """What is trained and evaluated on: whole splits, or parts of the training split."""
+    missing = [name for name in ("train", "test") if name not in dataset.splits]
+    if missing:
+        raise ValueError(
+            f"data.path: {dataset.path} has no split {missing[0]!r}: prepare it again from folders train/ and test/, "
+            "or with test_fraction=0.1"
+        )
+    data, whole = config.data, dataset.splits["train"]
+    held_out, taken = data.holdout_images, data.train_images
+    if held_out + (taken or 1) + data.confusion_images > len(whole):
+        raise ValueError(
+            "data.train_images, data.confusion_images and data.holdout_images must be at most the "
+            f"{len(whole)} training images together, got {taken}, {data.confusion_images} and {held_out}"
+        )
+    if taken is None and held_out == 0:
+        return {"train": whole, "test": dataset.splits["test"]}
+    shuffled = generator(Stream.SPLIT, config.seed).permutation(len(whole))
+    end = None if taken is None else held_out + taken + data.confusion_images
+    train = whole.subset(shuffled[held_out:end])
+    if data.confusion_images:
+        index = train.index.copy()
+        labels = generator(Stream.CONFUSION, config.seed).integers(len(dataset.classes), size=data.confusion_images)
+        index["label"][taken:] = labels
+        train = replace(train, index=index)
+    return {"train": train, "test": whole.subset(shuffled[:held_out]) if held_out else dataset.splits["test"]}
+
+
+def measured_images(config: Config, train: Split) -> Split:
+    """The training images that metrics are taken on: those with labels of their own. Ids are as in ``train``."""
+    return train.subset(np.arange(len(train) - config.data.confusion_images))
+
+
+def stored_size(dataset: Dataset) -> int:
+    """Side of the stored images in pixels; ValueError if they are not squares of one size."""
+    index = dataset.splits["train"].index
+    side = int(index["height"][0])
+    if (index["height"] != side).any() or (index["width"] != side).any():
+        raise ValueError(
+            f"data.image_size must be given, got null: the images of {dataset.path} are not squares of one size"
+        )
+    return side
+
+
+def plan_steps(config: Config, split: Split, workers: int) -> tuple[Sampler, int | None]:
+    """The sampler of the training split, and the images a sub-batch holds (None: never regularized)."""
+    data, regularizer, samples = config.data, config.regularizer, len(split)
+    if samples < workers:
+        raise ValueError(f"data.path has {samples} training images, fewer than the {workers} workers")
+    global_batch = data.global_batch_size or (data.batch_size or 0) * workers
+    if global_batch < workers:
+        raise ValueError(
+            f"data.global_batch_size must be at least the number of workers, got {global_batch} and {workers}"
+        )
+
+    def sampler(unit: int) -> Sampler:
+        batch, shards = min(global_batch, samples), split.index["shard"]
+        return Sampler(
+            samples, batch, config.seed, drop_last=data.drop_last, shuffle=data.shuffle, shards=shards, unit=unit
+        )
+
+    if regularizer.when == "never":
+        return sampler(1), None
+    size = regularizer.sub_batch_size
+    if size is None:
+        assert regularizer.sub_batches is not None
+        size, uneven = divmod(global_batch, workers * regularizer.sub_batches)
+        if uneven:
+            raise ValueError(
+                f"regularizer.sub_batches must divide every worker's share of the global batch, got "
+                f"{regularizer.sub_batches}, {global_batch} images and {workers} workers: give sub_batch_size instead"
+            )
+    elif global_batch % size:
+        raise ValueError(
+            f"regularizer.sub_batch_size must divide the global batch, got {size} and {global_batch} images"
+        )
+    most = -(-(global_batch // size) // workers)
+    if regularizer.num_sampled is not None and regularizer.num_sampled > most:
+        raise ValueError(
+            f"regularizer.num_sampled must be at most the number of sub-batches of a worker, "
+            f"got {regularizer.num_sampled} and {most}"
+        )
+    return sampler(size), size
+
+
+def eval_loader_config(
+    config: Config, dataset: Dataset, image_size: int, batch_size: int, world: World
+) -> LoaderConfig:
+    """Of a split as it is, in its exact order; a stream of shards has none, so that ``torch`` reads in its place."""
+    data = config.data
+    return LoaderConfig(
+        backend="torch" if data.backend == "webdataset" else data.backend,
+        augmentation=config.evaluation.transform,
+        size=image_size,
+        mean=dataset.mean,
+        std=dataset.std,
+        seed=config.seed,
+        batch_size=batch_size,
+        device=world.device,
+        threads=data.threads,
+        prefetch=data.prefetch,
+        on_error=data.on_error,
+        rank=world.rank,
+        world_size=world.size,
+    )
+
+
+def compute_threads(threads: int | None, local_size: int) -> int:
+    """Threads a worker computes with: the setting ``threads``, or its share of the machine's cores."""
+    return threads or max(1, len(os.sched_getaffinity(0)) // local_size)

@@ -1,0 +1,80 @@
+import gzip
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_sets import picture, stored
+from PIL import Image
+
+from pipelines import open_dataset
+from pipelines.prepare import Options, prepare
+
+
+def write_idx(folder: Path, prefix: str, images: np.ndarray, labels: np.ndarray) -> None:
+    head = bytes([0, 0, 8, 3]) + b"".join(side.to_bytes(4, "big") for side in images.shape)
+    (folder / f"{prefix}-images-idx3-ubyte").write_bytes(head + images.tobytes())
+    head = bytes([0, 0, 8, 1]) + len(labels).to_bytes(4, "big")
+    (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(head + labels.tobytes())
+
+
+def test_idx_files(tmp_path: Path) -> None:
+    images = np.stack([picture(number, 28, 28)[..., 0] for number in range(20)])
+    labels = (np.arange(20) % 4).astype(np.uint8)
+    source = tmp_path / "source"
+    source.mkdir()
+    write_idx(source, "train", images[:15], labels[:15])
+    write_idx(source, "t10k", images[15:], labels[15:])
+    prepare(str(source), tmp_path / "data", Options(processes=1))
+    assert open_dataset(tmp_path / "data").classes == ["0", "1", "2", "3"]
+    for split, first in (("train", 0), ("test", 15)):
+        for name, (data, label) in stored(tmp_path / "data", split).items():
+            number = first + int(name.split("/")[1])
+            image = Image.open(io.BytesIO(data))
+            assert image.mode == "L"
+            assert label == labels[number]
+            assert (np.asarray(image) == images[number]).all()
+    (source / "train-images-idx3-ubyte").write_bytes(b"short")
+    with pytest.raises(ValueError, match="is not an IDX file of 3 dimensions"):
+        prepare(str(source), tmp_path / "other", Options(processes=1))
+
+
+def fake_command(folder: Path, name: str, script: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_fashion_mnist_comes_from_its_debian_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = tmp_path / "package" / "fashion-mnist"
+    files.mkdir(parents=True)
+    images = np.stack([picture(number, 28, 28)[..., 0] for number in range(30)])
+    labels = (np.arange(30) % 10).astype(np.uint8)
+    for prefix in ("train", "t10k"):
+        write_idx(files, prefix, images, labels)
+        for path in list(files.glob(f"{prefix}*ubyte")):
+            path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+            path.unlink()
+    fake_command(tmp_path / "bin", "apt-get", '[ "$*" = "download dataset-fashion-mnist" ] && echo > dataset_1_all.deb')
+    unpack = f'[ "$1" = -x ] && mkdir -p "$3/usr/share/datasets" && cp -r {files} "$3/usr/share/datasets"'
+    fake_command(tmp_path / "bin", "dpkg-deb", unpack)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    prepare("fashion-mnist", tmp_path / "data", Options(processes=1))
+    dataset = open_dataset(tmp_path / "data")
+    assert dataset.classes[0] == "T-shirt/top"
+    assert dataset.classes[9] == "Ankle boot"
+    assert {name: len(split) for name, split in dataset.splits.items()} == {"train": 30, "test": 30}
+    assert set(dataset.splits["train"].index["height"]) == {28}
+
+
+def test_fashion_mnist_that_cannot_be_fetched_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_command(tmp_path / "bin", "apt-get", "echo 'E: Unable to locate package dataset-fashion-mnist' >&2; exit 100")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    message = "cannot fetch fashion-mnist, apt-get failed: E: Unable to locate package .*; give a folder"
+    with pytest.raises(ValueError, match=message):
+        prepare("fashion-mnist", tmp_path / "data", Options(processes=1))
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ValueError, match="needs apt-get and dpkg-deb; give a folder with its four IDX files instead"):
+        prepare("fashion-mnist", tmp_path / "data", Options(processes=1))
+    assert not list(tmp_path.glob("data*"))
