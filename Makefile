@@ -1,7 +1,8 @@
 # make train: set up, then train the demo on two Horovod workers.   make test: set up, then lint, types and tests.
 # make chaos: a run under thirty random faults, next to the same run left alone.
+# make docs: builds the documentation into docs/_build/html; a warning is an error.
 # make check-ops: draws the dashboard, builds the image and runs in it, runs a job under Slurm.
-.PHONY: setup train test chaos check-ops
+.PHONY: setup train test docs chaos check-ops
 SHELL := bash
 
 setup:
@@ -12,6 +13,9 @@ train: setup
 
 test: setup
 	@. .venv/bin/activate && ruff check && ruff format --check && mypy && python -m pytest $(ARGS)
+
+docs: setup
+	@. .venv/bin/activate && sphinx-build --fail-on-warning --keep-going --fresh-env -q docs docs/_build/html $(ARGS)
 
 chaos: setup
 	@. .venv/bin/activate && PYTHONPATH=. python benchmarks/chaos.py $(ARGS)
