@@ -1,6 +1,6 @@
 """Where records go: the console and the records' file of rank 0, and every rank's Prometheus endpoint.
 
-A record's field that is named like a metric sets that metric: a step's ``data_wait_seconds`` is observed by the
+A record's field with the name of a metric sets that metric: a step's ``data_wait_seconds`` is observed by the
 histogram ``infomcr_data_wait_seconds``.
 """
 
