@@ -28,7 +28,7 @@ STUDY = Command(
     (Argument("STUDY", "one study", shipped="infomcr_dist.studies"),),
 )
 REPORT = Command(
-    "report", "infomcr_dist.report", "infomcr_dist.report:ReportSettings", (Argument("RUN", "a run directory", "+"),)
+    "report", "infomcr_dist.report", "infomcr_dist.config:ReportSettings", (Argument("RUN", "a run directory", "+"),)
 )
 DOCTOR = Command("doctor", "infomcr_dist.doctor", "infomcr_dist.config:Config", (_RECIPE,))
 COMMANDS = {command.name: command for command in (TRAIN, MEASURE, STUDY, REPORT, DOCTOR, PREPARE, VERIFY, INSPECT)}

@@ -419,3 +419,11 @@ class MeasureSettings:
         _require(self.threads is None or self.threads >= 1, "threads", "at least 1", self.threads)
         if self.images < self.samples:
             raise ValueError(f"images must be at least samples, got {self.images} and {self.samples}")
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """Where a report is written."""
+
+    output: str = "report"
+    """Writes OUTPUT.html and OUTPUT.png."""

@@ -35,6 +35,7 @@ from infomcr_dist.records import finite
 from infomcr_dist.regularizer import sub_batch_penalty
 from infomcr_dist.world import World
 from pipelines import Loader, LocalBatch, Split, open_dataset, open_loader
+from pipelines.console import lenient
 from pipelines.options import from_dict, load
 from pipelines.random_streams import Stream, generator, torch_seed
 
@@ -211,6 +212,7 @@ def draw(rows: list[Measurement], path: Path) -> None:
 
 def main(arguments: list[str]) -> int:
     """The command; returns the exit code."""
+    lenient()
 
     def body(world: World) -> int:
         with world.synchronize_errors():

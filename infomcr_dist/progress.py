@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import time
 from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +24,6 @@ class Progress:
 
     def __init__(self) -> None:
         self._bar: Any = None
-        self.reader_gone = False
-        """Whether nothing reads the console any more: the launcher was killed"""
 
     def begin(self, total_steps: int, done_steps: int) -> None:
         """Show the bar."""
@@ -50,34 +45,18 @@ class Progress:
         self._bar.set_postfix_str(
             f"loss {record.loss:.3f}, rate {record.learning_rate:.3g}{penalty}, {speed:.0f} images/s", refresh=False
         )
-        with self._without_reader():
-            self._bar.update()
+        self._bar.update()
 
     def message(self, text: str) -> None:
         """Print lines above the bar."""
         if self._bar is not None:
-            with self._without_reader():
-                tqdm.write(text, file=sys.stdout)
-                sys.stdout.flush()
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def close(self) -> None:
         """End the bar's line."""
         if self._bar is not None:
-            with self._without_reader():
-                self._bar.close()
-
-    @contextmanager
-    def _without_reader(self) -> Iterator[None]:
-        """The launcher reads the console; where it was killed, printing must not end the worker."""
-        try:
-            yield
-        except (BrokenPipeError, ValueError) as error:
-            if isinstance(error, ValueError) and "closed file" not in str(error):
-                raise
-            self.reader_gone = True
-            self._bar.disable = True  # it closes without printing
-            self._bar = None
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            self._bar.close()
 
 
 @dataclass

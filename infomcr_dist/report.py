@@ -34,6 +34,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from infomcr_dist import records
 from infomcr_dist.checkpoint import write_atomically
 from infomcr_dist.cli import REPORT
+from infomcr_dist.config import ReportSettings
 from infomcr_dist.records import (
     EpochRecord,
     EvaluationRecord,
@@ -68,14 +69,6 @@ td, th { padding: .3em .9em; text-align: right; border-bottom: 1px solid #ddd }
 td:first-child { text-align: left }
 i { display: inline-block; width: .8em; height: .8em; margin-right: .4em }
 """
-
-
-@dataclass(frozen=True)
-class ReportSettings:
-    """Where a report is written."""
-
-    output: str = "report"
-    """Writes OUTPUT.html and OUTPUT.png."""
 
 
 class Series(NamedTuple):

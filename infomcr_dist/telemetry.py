@@ -69,11 +69,6 @@ class Telemetry:
                 "give another telemetry.port, or telemetry.port=null for no endpoint"
             ) from error
 
-    @property
-    def reader_gone(self) -> bool:
-        """Whether nothing reads rank 0's console any more: the launcher was killed."""
-        return self._progress.reader_gone
-
     def begin(self, path: Path, total_steps: int, done_steps: int, epoch_evaluated: bool = False) -> None:
         """Open rank 0's file and show the bar.
 

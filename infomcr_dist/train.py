@@ -49,6 +49,7 @@ from infomcr_dist.state import Committed
 from infomcr_dist.step import train_step
 from infomcr_dist.watchdog import Watchdog
 from infomcr_dist.world import HostsChanged, Stopped, UserError, World
+from pipelines.console import detached, reader_gone
 from pipelines.options import load
 from pipelines.random_streams import Stream, torch_seed
 
@@ -195,7 +196,7 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
         if config.compare_weights_steps and (step + 1) % config.compare_weights_steps == 0:
             diagnostics.compare_weights(run)
         run.log_saved()
-        if telemetry.reader_gone:
+        if reader_gone():
             stop.request()
         stop_requested, hosts_changed = result.flags
         every_steps = config.checkpoint.every_steps
@@ -211,8 +212,9 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
     return loss_sum / images_seen if images_seen else math.nan
 
 
+@detached()
 def main(arguments: list[str]) -> int:
-    """The command; returns the exit code."""
+    """The command; returns the exit code. No console delays or ends it."""
     config, recipe, mistake = Config(), "", None
     try:
         (recipe,), overrides = TRAIN.parse(arguments)

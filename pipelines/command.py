@@ -19,6 +19,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from .console import lenient
 from .options import Setting, check_name, describe, describe_sections
 
 
@@ -95,6 +96,7 @@ class Command:
             arguments: without the command's own name
             body: the command; it returns the exit code
         """
+        lenient()
         try:
             return body(*self.parse(arguments))
         except BrokenPipeError:  # of `... | head`
@@ -109,6 +111,7 @@ class Command:
 
     def main(self, arguments: Sequence[str]) -> int:
         """Import the command's module and run its ``main``; not for help, which must not wait for torch."""
+        lenient()
         for word in arguments:
             if word in _HELP:
                 self.parser().parse_args([word])

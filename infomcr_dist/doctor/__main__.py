@@ -21,6 +21,7 @@ from infomcr_dist.doctor.network import check_host_name
 from infomcr_dist.doctor.results import Result, lines, one_line, show
 from infomcr_dist.engines import run_in_world
 from infomcr_dist.world import World
+from pipelines.console import lenient
 from pipelines.options import load
 
 
@@ -30,6 +31,7 @@ class _WorkerLost(Exception):
 
 def main(arguments: list[str]) -> int:
     """The command; returns the exit code."""
+    lenient()
     config, recipe, mistake = Config(), "", None
     try:
         (recipe,), overrides = DOCTOR.parse(arguments)
