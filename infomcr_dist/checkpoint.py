@@ -2,7 +2,8 @@
 
 A checkpoint is a dictionary of tensors and plain values in one file of a run directory:
 ``checkpoints/step-00000938-1c9e5f0a2b7d4e68.pt`` is the state after 938 steps, and the second number begins the SHA-256
-of the file's content. ``checkpoints/best.pt`` is a link to the one with the lowest error on the evaluated images.
+of the file's content. ``checkpoints/best.pt`` is a link to the one with the lowest error on the evaluated images; a
+copy of it where the file system has no links.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -56,7 +58,10 @@ def save(directory: Path, step: int, state: State, keep: int, best: bool = False
     if best:
         link = directory / f".best.{os.getpid()}"
         link.unlink(missing_ok=True)
-        link.symlink_to(path.name)
+        try:
+            link.symlink_to(path.name)
+        except OSError:  # cloud file stores
+            shutil.copyfile(path, link)
         os.replace(link, directory / "best.pt")
     kept = {path.name, *(p.name for p in newest_first(directory)[:keep])}
     if (directory / "best.pt").is_symlink():

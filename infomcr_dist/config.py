@@ -6,6 +6,7 @@ checked on construction: a ValueError names the setting, its value and what woul
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -298,7 +299,7 @@ class TelemetrySettings:
     def __post_init__(self) -> None:
         valid = self.port is None or 1 <= self.port <= 65535
         _require(valid, "telemetry.port", "between 1 and 65535, or null", self.port)
-        if self.pushgateway is not None and ("@" in self.pushgateway or "://" in self.pushgateway):
+        if self.pushgateway is not None and not re.fullmatch(r"([\w.-]+|\[[\da-fA-F:.]+\]):\d{1,5}", self.pushgateway):
             raise ValueError("telemetry.pushgateway must be HOST:PORT, without a scheme, a user or a password")
 
 

@@ -1,14 +1,17 @@
 """The records of a run: one typed schema, one writer, one reader.
 
 ``records.jsonl`` in a run's directory begins with the schema's version; each further line is one record as JSON, with
-the record's ``kind``. A process that is killed loses no line; a last line that was cut short is ignored when read.
+the record's ``kind``. A process that is killed loses no line. Nothing about the file ends a run: what the disk does not
+take is dropped and counted, and lines that are no records are skipped when read, each named once.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any, ClassVar, Literal, TypeVar, get_type_hints
@@ -200,60 +203,101 @@ _AFTER_THE_LAST_STEP = (EvaluationRecord, MetricRecord, EpochRecord)
 R = TypeVar("R", bound=Record)
 _LAST_BYTES = 65_536
 """More than any record has."""
+_HEADER = json.dumps({"kind": "schema", "version": VERSION}) + "\n"
+_BEGINNING = '{"kind": "'
+_NO_RECORD = (ValueError, TypeError, AttributeError, KeyError)
+"""What reading a line that is no record raises"""
 
 
 class RecordWriter:
-    """Appends records to a file, each in one write: a killed process loses none."""
+    """Appends records to a file, each in one write: a killed process loses none.
+
+    Args:
+        path: the file, a new one or one of this version.
+    """
 
     def __init__(self, path: Path) -> None:
-        begun = path.exists()
-        self._file: IO[str] = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        if not begun:
-            self._file.write(json.dumps({"kind": "schema", "version": VERSION}) + "\n")
+        self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._before = b"\n" * _is_cut(path) if path.stat().st_size else _HEADER.encode()
+        """What the next line needs before it"""
+        self.dropped = 0
+        """Records that could not be written"""
+        self.error: OSError | None = None
+        """Why, of the last of them"""
+        self._write("")
 
     def log(self, record: Record) -> None:
-        """Append one record."""
-        self._file.write(_line(record))
+        """Append one record; it is dropped where the disk is full or the file cannot be written."""
+        self.dropped += not self._write(_line(record))
+
+    def _write(self, line: str) -> bool:
+        """Whether all was written; what the disk does not take whole is left as a line that is no record."""
+        data = self._before + line.encode()
+        try:
+            written = self._file.write(data)
+        except OSError as error:
+            self.error = error
+            return False
+        if written:
+            self._before = b"" if written == len(data) else b"\n"
+        return written == len(data)
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
 
-def read_records(path: Path, kinds: tuple[type[Record], ...] = ()) -> Iterator[Record]:
+def _is_cut(path: Path) -> bool:
+    """Whether the last line of a file that is not empty has no end."""
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def read_records(
+    path: Path, kinds: tuple[type[Record], ...] = (), report: Callable[[str], None] = _to_stderr
+) -> Iterator[Record]:
     """The records of a file, in order; a last line that was cut short is ignored.
 
     Args:
         path: the file.
         kinds: yield these alone, which is many times faster where they exclude the steps; empty: all.
+        report: called with a line that names the file and the first of its lines that are no records, if any are.
 
     Raises:
-        ValueError: the file is missing, has another version, or holds a line that is no record; the message names the
-            file and the line.
+        ValueError: the file is missing or has another version; the message names it.
     """
     beginnings = tuple(json.dumps({"kind": kind.kind})[:-1] for kind in kinds)
+    skipped: list[tuple[int, str]] = []
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
             for number, line in enumerate(file, 1):
                 if not line.endswith("\n"):
-                    return
-                if beginnings and number > 1 and not line.startswith(beginnings):
+                    break
+                if beginnings and number > 1 and line.startswith(_BEGINNING) and not line.startswith(beginnings):
                     continue
                 try:
                     content = json.loads(line)
                     kind = content.pop("kind")
-                    if number > 1:
-                        yield _record(KINDS[kind], content)
-                        continue
-                except (ValueError, TypeError, AttributeError, KeyError) as error:
-                    reason = " ".join(repr(error).split())
-                    raise ValueError(f"{path}, line {number}, is not a record ({reason})") from None
-                if kind != "schema" or content.get("version") != VERSION:
+                    record = _record(KINDS[kind], content) if number > 1 else None
+                except _NO_RECORD as error:
+                    skipped.append((number, " ".join(repr(error).split())))
+                    continue
+                if record is None and (kind != "schema" or content.get("version") != VERSION):
                     raise ValueError(
                         f"{path} has records of another version than {VERSION}: use the release that wrote them"
                     )
+                if record is not None and (not kinds or isinstance(record, kinds)):
+                    yield record
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    if skipped:
+        more = f", and {len(skipped) - 1} more," if len(skipped) > 1 else ""
+        report(f"{path}: line {skipped[0][0]} is not a record ({skipped[0][1][:100]}){more}: skipped")
 
 
 def last_step(path: Path) -> int:
@@ -262,8 +306,13 @@ def last_step(path: Path) -> int:
         return 0
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _LAST_BYTES))
-        lines = file.read().split(b"\n")[1:-1]  # the first is the schema, or cut
-    return int(json.loads(lines[-1])["step"]) if lines else 0
+        lines = file.read().split(b"\n")[:-1]
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except _NO_RECORD:  # the schema, or a line that was cut
+            continue
+    return 0
 
 
 def of_kind(records: list[Record], kind: type[R]) -> list[R]:
@@ -287,8 +336,7 @@ def drop_after(path: Path, step: int, epoch_evaluated: bool) -> None:
         if record.step < step
         or (record.step == step and (epoch_evaluated or not isinstance(record, _AFTER_THE_LAST_STEP)))
     ]
-    header = json.dumps({"kind": "schema", "version": VERSION}) + "\n"
-    text = header + "".join(_line(record) for record in kept)
+    text = _HEADER + "".join(_line(record) for record in kept)
     write_atomically(path, lambda file: file.write(text.encode()))
 
 

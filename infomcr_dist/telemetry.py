@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, push_to_gateway, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, push_to_gateway
 
 from infomcr_dist.config import TelemetrySettings
+from infomcr_dist.endpoint import Endpoint
 from infomcr_dist.progress import Progress
 from infomcr_dist.records import (
     CheckpointRecord,
@@ -30,6 +32,9 @@ from infomcr_dist.records import (
 
 # 1.25-fold steps from 1 ms to a minute: a quantile read off the histogram is within 12 % of the true one.
 _SECONDS = tuple(round(0.001 * 1.25**k, 6) for k in range(50))
+
+
+_PUSH_SECONDS = 10
 
 
 class Telemetry:
@@ -54,15 +59,15 @@ class Telemetry:
         self._pushgateway = settings.pushgateway if rank == 0 else None
         self._progress = Progress()
         self._writer: RecordWriter | None = None
-        self._server = None
+        self._endpoint: Endpoint | None = None
+        self._run = ""
         if settings.port is None:
             return
         port = settings.port + local_rank
         try:
-            self._server, _ = start_http_server(port, settings.address, self._prometheus.registry)
-        except (OSError, OverflowError) as error:
-            taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
-            reason = "is in use" if taken else f"cannot be used ({error})"
+            self._endpoint = Endpoint(self._prometheus.registry, settings.address, port)
+        except OSError as error:
+            reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error})"
             raise ValueError(
                 f"telemetry.port: port {port} on {settings.address} {reason} "
                 f"(telemetry.port={settings.port} + local rank {local_rank}): "
@@ -78,6 +83,7 @@ class Telemetry:
             done_steps: the step the run resumes after.
             epoch_evaluated: whether what follows an epoch's last step (evaluation, metric) is done as well.
         """
+        self._run = path.parent.name
         self._prometheus.begin(total_steps, done_steps)
         if self._rank == 0:
             drop_after(path, done_steps, epoch_evaluated)
@@ -88,30 +94,54 @@ class Telemetry:
         """Give a record to every sink."""
         self._prometheus.log(record)
         if self._writer is not None:
-            self._writer.log(record)
+            self._write(self._writer, record)
         if isinstance(record, StepRecord):
             self._progress.step(record)
+
+    def _write(self, writer: RecordWriter, record: Record) -> None:
+        before = writer.dropped
+        writer.log(record)
+        if writer.dropped > before:
+            self._prometheus.count_dropped()
+            if before == 0:
+                self.message(f"records.jsonl cannot be written ({writer.error}): records are dropped until it can")
 
     def message(self, text: str) -> None:
         """Print lines above rank 0's bar."""
         self._progress.message(text)
 
     def push(self) -> None:
-        """Push rank 0's metrics to the Pushgateway of the settings, if any; its failure is one line."""
-        if self._pushgateway is not None:
-            try:
-                push_to_gateway(self._pushgateway, "infomcr_dist", self._prometheus.registry, timeout=10)
-            except OSError as error:
-                self.message(f"telemetry.pushgateway={self._pushgateway} did not take the metrics: {error}")
+        """Push rank 0's metrics to the Pushgateway of the settings, if any, in a group of the run's name.
+
+        Its failure, or more than ten seconds, is one line.
+        """
+        if self._pushgateway is None:
+            return
+        failure: list[str] = [f"no answer in {_PUSH_SECONDS} s"]
+        thread = threading.Thread(target=self._push, args=(self._pushgateway, failure), daemon=True)
+        thread.start()
+        thread.join(_PUSH_SECONDS)
+        if failure:
+            self.message(f"telemetry.pushgateway={self._pushgateway} did not take the metrics: {failure[0]}")
+
+    def _push(self, gateway: str, failure: list[str]) -> None:
+        group = {"run": self._run}
+        try:
+            push_to_gateway(
+                gateway, "infomcr_dist", self._prometheus.registry, grouping_key=group, timeout=_PUSH_SECONDS
+            )
+        except Exception as error:  # whatever answers there
+            failure[0] = " ".join(str(error).split()) or type(error).__name__
+        else:
+            failure.clear()
 
     def close(self) -> None:
         """Close the file and free the port."""
         self._progress.close()
         if self._writer is not None:
             self._writer.close()
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
+        if self._endpoint is not None:
+            self._endpoint.close()
 
 
 RESTART_REASONS = ("worker_lost", "hosts_changed")
@@ -128,6 +158,7 @@ _COUNTERS = {
     "data_errors": "Samples skipped because they could not be read",
     "nonfinite_steps": "Updates skipped for a loss or gradient that was not finite on some rank",
     "allreduce_bytes": "Bytes of gradients this rank gave to the allreduce",
+    "records_dropped": "Records that could not be written to records.jsonl",
 }
 _LABELLED_COUNTERS = {
     "steps": ("Updates", "phase", ("plain", "regularized")),
@@ -226,6 +257,9 @@ class _Prometheus:
                 self._gauge(name).set(value)
             elif name in self._histograms:
                 self._histograms[name].observe(value)
+
+    def count_dropped(self) -> None:
+        self._counters["records_dropped"].inc()
 
     def _step(self, record: StepRecord) -> None:
         self._duration.labels(record.phase).observe(record.step_duration_seconds)

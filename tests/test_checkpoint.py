@@ -84,6 +84,25 @@ def test_a_full_device_is_an_error_that_names_the_checkpoint(run: Path, monkeypa
     assert list((run / "checkpoints").iterdir()) == []
 
 
+@pytest.mark.parametrize("reason", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EROFS])
+def test_a_file_system_without_links_has_a_copy_of_the_best(
+    reason: int, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    directory = run / "checkpoints"
+    for step in range(1, 6):
+        checkpoint.save(directory, step, state(step), keep=2, best=step in (1, 2))
+    assert steps(directory) == [5, 4]
+    assert checkpoint.load(directory / "best.pt")["step"] == 2
+    monkeypatch.undo()
+    checkpoint.save(directory, 6, state(6), keep=1, best=True)
+    assert (directory / "best.pt").is_symlink()
+    assert steps(directory) == [6]
+
+
 def test_killed_at_any_instant_of_a_save(run: Path) -> None:
     """Before every line that a save executes, in a process of its own: the old or the new one is there, whole."""
     directory = run / "checkpoints"

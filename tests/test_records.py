@@ -1,7 +1,10 @@
 """Records: what is written is read back, whatever cuts the file short, and a resumed run's file is that of one run."""
 
+import errno
 import json
 import math
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from infomcr_dist.records import (
     RestartRecord,
     StepRecord,
     drop_after,
+    last_step,
     of_kind,
     read_records,
 )
@@ -86,15 +90,81 @@ def test_a_file_cut_short_at_any_byte_holds_the_whole_lines_before(tmp_path: Pat
         assert list(read_records(path)) == SOME[:whole], size
 
 
-@pytest.mark.parametrize("line", ["", "{}", "[1]", "nothing", '{"kind": "step"}', '{"kind": "step", "step": 1, "x": 2}',
-                                  '{"kind": "unknown", "step": 1}', "\0\0\0", "12"])  # fmt: skip
-def test_a_line_that_is_no_record_is_an_error_that_names_file_and_line(line: str, tmp_path: Path) -> None:
+BROKEN = ["", "{}", "[1]", "nothing", '{"kind": "step"}', '{"kind": "step", "step": 1, "x": 2}', "\0\0\0", "12",
+          '{"kind": "unknown", "step": 1}', '{"kind": "schema", "version": 1}', '{"kind": "step", "st']  # fmt: skip
+
+
+@pytest.mark.parametrize("line", BROKEN)
+@pytest.mark.parametrize("kinds", [(), (StepRecord,)])
+def test_a_line_that_is_no_record_is_skipped_and_named(
+    line: str, kinds: tuple[type[Record], ...], tmp_path: Path
+) -> None:
     path = write(tmp_path / "r", SOME[:1])
     with path.open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(ValueError, match=rf"{path}, line 3, is not a record") as error:
-        list(read_records(path))
-    assert "\n" not in str(error.value)
+    write(path, SOME[1:])
+    reported: list[str] = []
+    assert list(read_records(path, kinds, reported.append)) == [s for s in SOME if not kinds or isinstance(s, kinds)]
+    if not kinds or "unknown" not in line:
+        assert len(reported) <= 1
+    if not kinds:
+        assert reported[0].startswith(f"{path}: line 3 is not a record (")
+        assert "\n" not in reported[0]
+        drop_after(path, 2, True)
+        assert list(read_records(path, report=reported.append)) == SOME
+        assert last_step(path) == 2
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 30, b"", b"\xff\xfe", b'{"kind": "sch'])
+def test_a_header_that_was_lost(damage: bytes, tmp_path: Path) -> None:
+    path = write(tmp_path / "r", SOME)
+    path.write_bytes(damage + path.read_bytes()[path.read_bytes().index(b"\n") :])
+    reported: list[str] = []
+    assert list(read_records(path, report=reported.append)) == SOME
+    assert "line 1 is not a record" in reported[0]
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 4096, b"\0\n", b"{\n\n", b'{"kind": "step"'])
+def test_the_last_step_is_that_of_the_last_whole_record(tail: bytes, tmp_path: Path) -> None:
+    path = write(tmp_path / "r", SOME)
+    with path.open("ab") as file:
+        file.write(tail)
+    assert last_step(path) == 2
+    write(path, [replace(STEP, step=3)])
+    assert (last_step(path), list(read_records(path, report=lambda line: None))) == (3, [*SOME, replace(STEP, step=3)])
+
+
+def test_a_full_disk_drops_records_and_counts_them(tmp_path: Path) -> None:
+    writer = RecordWriter(Path("/dev/full"))
+    for record in SOME:
+        writer.log(record)
+    writer.close()
+    assert (writer.dropped, writer.error and writer.error.errno) == (len(SOME), errno.ENOSPC)
+
+
+def test_a_disk_that_is_full_for_a_while(tmp_path: Path) -> None:
+    """The limit of a file's size stands for it: the write that meets it is cut short, those after it fail."""
+    rooms = (0, 20, 40, 700, 1000)
+    script = f"""
+import pathlib, resource, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_records import SOME, RecordWriter
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+for room in {rooms}:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    writer = RecordWriter(pathlib.Path({str(tmp_path)!r}, str(room)))
+    for i, record in enumerate(SOME):
+        if i == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        writer.log(record)
+    writer.close()
+    print(writer.dropped)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    for room, line in zip(rooms, done.stdout.split(), strict=True):
+        read, dropped = list(read_records(tmp_path / str(room), report=lambda line: None)), int(line)
+        assert dropped > 0
+        assert read == [*SOME[: 5 - dropped], *SOME[5:]], room
 
 
 def test_another_version_and_no_file(tmp_path: Path) -> None:
