@@ -346,7 +346,7 @@ class Config:
     pid_dir: str | None = None
     """Directory for a file rank-LOCAL_RANK.pid per worker of a host, for whoever must signal it; null: none."""
     threads: int | None = None
-    """CPU threads a worker computes with; null: the machine's cores, divided among its workers."""
+    """CPU threads a worker computes with; null: OMP_NUM_THREADS, else its share of the cores that may be used."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the training passes; bf16: autocast, with weights and their update in fp32."""
     data: DataSettings = field(default_factory=lambda: DataSettings(global_batch_size=128))
@@ -409,7 +409,7 @@ class MeasureSettings:
     batch_size: int = 250
     """Images per batch of a worker."""
     threads: int | None = None
-    """CPU threads a worker computes with; null: the machine's cores, divided among its workers."""
+    """CPU threads a worker computes with; null: OMP_NUM_THREADS, else its share of the cores that may be used."""
     output: str = "measure"
     """Writes OUTPUT.json and OUTPUT.png."""
 

@@ -17,6 +17,7 @@ from infomcr_dist.config import Config
 from infomcr_dist.overhead_budget import OverheadBudget
 from infomcr_dist.world import World
 from pipelines import Dataset, LoaderConfig, LocalBatch, Sampler, Split, open_dataset
+from pipelines.cores import available_cores
 from pipelines.random_streams import Stream, generator
 
 DEMO_DATA = Path("data") / "fashion-mnist"
@@ -230,5 +231,6 @@ def eval_loader_config(
 
 
 def compute_threads(threads: int | None, local_size: int) -> int:
-    """Threads a worker computes with: the setting ``threads``, or its share of the machine's cores."""
-    return threads or max(1, len(os.sched_getaffinity(0)) // local_size)
+    """Threads a worker computes with: the setting ``threads``, OMP_NUM_THREADS, or its share of the cores."""
+    given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return threads or (int(given) if given.isdecimal() else 0) or max(1, available_cores() // local_size)

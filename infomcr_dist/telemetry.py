@@ -175,8 +175,8 @@ _GAUGES = {
     "world_size": "Workers of the run",
     "epochs_completed": "Epochs completed",
     "progress_ratio": "Updates done over all updates of the run",
-    "last_step_timestamp_seconds": "When the last update ended, Unix time",
-    "last_checkpoint_timestamp_seconds": "When the last checkpoint was written, Unix time",
+    "last_step_timestamp_seconds": "When the last update ended, or the run began or resumed, Unix time",
+    "last_checkpoint_timestamp_seconds": "When the last checkpoint was written, or the run resumed from it, Unix time",
     "memory_bytes": "Memory of this rank's process (resident)",
     "gamma_hat": "Metric gamma-hat, ln det xi (Eq. 6); at equal training loss, lower generalizes better",
     "gamma_hat_standard_error": "Standard error of gamma_hat over its trials",
@@ -231,6 +231,10 @@ class _Prometheus:
     def begin(self, total_steps: int, done_steps: int) -> None:
         self._total_steps = total_steps
         self._gauge("progress_ratio").set(done_steps / total_steps)
+        # A run that waited for its machines has not stalled, and the checkpoint that it resumes from is its newest.
+        self._gauge("last_step_timestamp_seconds").set_to_current_time()
+        if done_steps:
+            self._gauge("last_checkpoint_timestamp_seconds").set_to_current_time()
 
     def log(self, record: Record) -> None:
         if isinstance(record, StepRecord):
