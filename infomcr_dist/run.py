@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections import deque
 from contextlib import ExitStack
@@ -18,18 +19,20 @@ from infomcr_dist.experiment import Experiment, compute_threads, open_experiment
 from infomcr_dist.overhead_budget import OverheadBudget
 from infomcr_dist.preflight import check_run
 from infomcr_dist.records import CheckpointRecord, OverheadBudgetRecord, Phase
+from infomcr_dist.run_lock import lock_run
 from infomcr_dist.schedules import LearningRate, PenaltyWeight
 from infomcr_dist.state import (
     Committed,
     TrainState,
     check_elastic,
     find_directory_and_state,
+    is_finished,
     newest_committed,
     save,
 )
 from infomcr_dist.step import PenaltySettings, build_optimizer, penalty_settings
 from infomcr_dist.telemetry import Telemetry
-from infomcr_dist.world import World
+from infomcr_dist.world import Finished, World
 from pipelines import Loader, open_loader
 from pipelines.options import to_yaml
 
@@ -168,6 +171,8 @@ def _prepare_run(config: Config, recipe: Path, world: World, committed: Committe
             if world.rank == 0:
                 directory, saved = find_directory_and_state(experiment, recipe)
         directory, saved = world.broadcast((directory, saved))
+        if saved is not None and is_finished(saved, config):
+            raise Finished(f"{directory} has completed all of its {config.epochs} epochs: nothing is left to do")
 
     state = _initial_state(experiment, model, world)
     if saved is not None:
@@ -178,7 +183,10 @@ def _prepare_run(config: Config, recipe: Path, world: World, committed: Committe
     resources.callback(writer.wait)
     with world.synchronize_errors():
         if world.rank == 0:
-            (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)
+            if not world.elastic:  # there a lost rank 0 may end after the one in its place has begun
+                resources.callback(os.close, lock_run(directory))
+            (directory / "checkpoints").mkdir(exist_ok=True)
             checkpoint.remove_unfinished(directory / "checkpoints")
             checkpoint.write_atomically(directory / "config.yaml", lambda file: file.write(to_yaml(config).encode()))
         steps = experiment.sampler.steps

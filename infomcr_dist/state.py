@@ -149,7 +149,7 @@ def fixed_settings(experiment: Experiment) -> dict[str, Any]:
 
 
 def find_directory_and_state(experiment: Experiment, recipe: Path) -> tuple[Path, checkpoint.State | None]:
-    """The run's directory, and the checkpoint it resumes from, if any.
+    """The run's directory, and the checkpoint it resumes from, if any; with resume=auto that of a finished run as well.
 
     Raises:
         ValueError: the directory holds another run, or the checkpoint is missing, damaged, or of other settings.
@@ -168,12 +168,17 @@ def find_directory_and_state(experiment: Experiment, recipe: Path) -> tuple[Path
     source = directory if directory and config.resume == "auto" else Path(config.resume)
     path, state = checkpoint.load_newest(source, _report)
     _check_settings(experiment, path, state)
-    if state["epochs"] >= config.epochs:
+    if is_finished(state, config) and config.resume != "auto":
         raise ValueError(
             f"resume: {path} has completed all of its {state['epochs']:g} epochs, got epochs={config.epochs}: "
             "give a larger number to train on"
         )
     return directory or path.parent.parent, state
+
+
+def is_finished(state: checkpoint.State, config: Config) -> bool:
+    """Whether a checkpoint has completed all epochs."""
+    return bool(state["epochs"] >= config.epochs)
 
 
 def _check_settings(experiment: Experiment, path: Path, state: checkpoint.State) -> None:

@@ -28,6 +28,10 @@ class UserError(Exception):
         self.everywhere = everywhere
 
 
+class Finished(Exception):
+    """There is nothing left to do."""
+
+
 class Stopped(Exception):
     """This worker was asked to stop, and has.
 
@@ -58,7 +62,7 @@ class World(ABC):
     elastic: bool = False
     location: str = "its preparation"
     """Where in the run this worker is, for a message that is its last"""
-    exit_errors: tuple[type[Exception], ...] = (UserError, Stopped, Diverged)
+    exit_errors: tuple[type[Exception], ...] = (UserError, Stopped, Diverged, Finished)
     """What a command reports in one line and exits for: a user's mistake, or a collective that misses a worker"""
     restart_errors: tuple[type[Exception], ...] = ()
     """What an elastic world is restarted for; nothing elsewhere"""

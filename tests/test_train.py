@@ -24,6 +24,7 @@ from torch import nn
 from infomcr_dist import checkpoint
 from infomcr_dist.config import Config
 from infomcr_dist.experiment import measured_images, plan_steps, select_splits
+from infomcr_dist.run_lock import lock_run
 from infomcr_dist.step import PenaltySettings, train_step
 from infomcr_dist.train import main
 from infomcr_dist.world import SingleProcess
@@ -357,6 +358,19 @@ def test_a_port_in_use(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_run_directory_that_holds_a_run(here: Path, capsys: pytest.CaptureFixture[str], job: dict[str, Any]) -> None:
     assert "holds a run already: resume it with resume=auto" in train(here, capsys, f"run_dir={job['run']}")
+
+
+def test_a_run_directory_in_use(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "mine").mkdir()
+    held = lock_run(here / "mine")
+    assert f"run_dir mine is in use by process {os.getpid()} on" in train(here, capsys, "run_dir=mine")
+    os.close(held)
+
+
+def test_a_finished_run_ends_well(here: Path, capsys: pytest.CaptureFixture[str], job: dict[str, Any]) -> None:
+    """A Job restarts its launcher whatever it did before: with resume=auto that must end."""
+    assert main(["recipe.yaml", "telemetry.port=null", f"run_dir={job['run']}", "resume=auto"]) == 0
+    assert "has completed all of its 4 epochs: nothing is left to do" in capsys.readouterr().err
 
 
 def test_resume_with_other_settings(here: Path, capsys: pytest.CaptureFixture[str], job: dict[str, Any]) -> None:

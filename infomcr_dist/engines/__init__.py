@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
-from infomcr_dist.world import Diverged, SingleProcess, Stopped, UserError, World
+from infomcr_dist.world import Diverged, Finished, SingleProcess, Stopped, UserError, World
 
 
 def connect(hang_timeout_seconds: float | None = None) -> World:
@@ -84,12 +84,14 @@ def run_in_world(body: Callable[[World], int], hang_timeout_seconds: float | Non
 def report_and_exit_code(world: World, error: Exception) -> int:
     """Report in one line, once over all workers, why a command exits; returns its exit code.
 
-    2 for a `UserError`, 75 for `Stopped` (try again later, in sysexits.h), 1 for anything else: diverged weights, a
-    state that could not be saved, another worker that is gone.
+    0 for `Finished`, 2 for a `UserError`, 75 for `Stopped` (try again later, in sysexits.h), 1 for anything else:
+    diverged weights, a state that could not be saved, another worker that is gone.
     """
-    everywhere = isinstance(error, Diverged | Stopped) or (isinstance(error, UserError) and error.everywhere)
+    everywhere = isinstance(error, Diverged | Stopped | Finished) or (isinstance(error, UserError) and error.everywhere)
     if isinstance(error, Stopped) and error.saved:
         code, kind = 75, "stopped"
+    elif isinstance(error, Finished):
+        code, kind = 0, "finished"
     else:
         code, kind = 2 if isinstance(error, UserError) else 1, "error"
     if everywhere:
