@@ -1,15 +1,19 @@
-# make train: set up, then train the demo on two Horovod workers.   make test: set up, then lint, types and tests.
+# make train: set up, then train the demo on two workers.   make test: set up, then lint, types and tests.
+# ENGINE=torch, with any of these: without Horovod; torchrun starts the workers.
 # make chaos: a run under thirty random faults, next to the same run left alone.
 # make docs: builds the documentation into docs/_build/html; a warning is an error.
 # make check-ops: draws the dashboard, builds the image and runs in it, runs a job under Slurm.
 .PHONY: setup train test docs chaos check-ops
 SHELL := bash
+export ENGINE ?= horovod
+launch_horovod = horovodrun -np 2
+launch_torch = torchrun --standalone --nproc-per-node 2 --no-python
 
 setup:
 	@launch/setup.sh
 
 train: setup
-	@. .venv/bin/activate && horovodrun -np 2 python -m infomcr_dist.train $(ARGS)
+	@. .venv/bin/activate && $(launch_$(ENGINE)) python -m infomcr_dist.train $(ARGS)
 
 test: setup
 	@. .venv/bin/activate && ruff check && ruff format --check && mypy && python -m pytest $(ARGS)

@@ -5,18 +5,21 @@
 
 Shards are made of imagenet-sample-250.tar, resized to 128 x 128 (repeated to 3 000 images; trained on at 128 x 128,
 random_resized_crop at 112 x 112) and as they are (1 000 images; trained on at 224 x 224).
-Every loader is a process of its own, bound to the given cores; in each round all of them take a turn, in random order,
-alone on those cores. The table has medians over rounds and, in brackets, quartiles; CPU time counts all processes and
-threads of a loader, and is the one to trust on a machine with other work; memory is the proportional share (PSS) of
-its processes; first batch is the time to it in the first turn, the making of the pipeline or processes included.
+Every loader is a process of its own, bound to the given cores; in each round all of them, on one core and on more, take
+a turn, in random order, alone on those cores. The tables have medians over rounds and, in brackets, quartiles, those of
+ratios within a round; CPU time counts all processes and threads of a loader, and is the one to trust on a machine with
+other work; memory is the proportional share (PSS) of its processes; first batch is the time to it in the first turn,
+the making of the pipeline or processes included.
 
-- decode only: simplejpeg on bytes in memory, nothing else. The bound of everything on a CPU.
+- decode only: simplejpeg on bytes in memory, nothing else, in a process a core that shares nothing with the others. The
+  bound of everything on a CPU; what the machine makes of a second core.
 - decode + augment: the same with our crop, resize, flip and normalization into one batch. The bound of "torch".
 - DALI's reader: DALI's own order, reading and random numbers (`readers.webdataset`), which "dali" replaces.
 - PIL DataLoader: image files, PIL, torch's DataLoader with a process a core; webdataset recipe: the library's usual
   pipeline (shards, shuffle, decode("pil"), WebLoader) with the same transforms.
 """
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -26,7 +29,6 @@ import statistics
 import sys
 import tarfile
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -40,8 +42,8 @@ import torch
 from PIL import Image, ImageOps
 
 from pipelines import Backend, LoaderConfig, Sampler, augment, open_dataset, open_loader
-from pipelines.loaders.reader import Files, Workers, chunks
-from pipelines.loaders.threaded import Renderer
+from pipelines.loaders.reader import Files
+from pipelines.loaders.render import Renderer
 from pipelines.options import load
 from pipelines.prepare import Options, prepare
 
@@ -97,18 +99,18 @@ def ours(backend: Backend, task: Task) -> _Epoch:
 
 
 def decode_only(task: Task) -> _Epoch:
-    """simplejpeg on bytes in memory, in a thread a core."""
+    """simplejpeg on bytes in memory, in a process a core."""
     encoded = in_memory(task)
 
     def work(numbers: list[int], batch: np.ndarray) -> None:
         for number in numbers:
             simplejpeg.decode_jpeg(encoded[number])
 
-    return partial(threaded, len(encoded), task, work)
+    return in_processes(len(encoded), task, work)
 
 
 def decode_and_augment(task: Task) -> _Epoch:
-    """The torch backend without reading and batching."""
+    """The torch backend without reading, sharing and batching."""
     encoded = in_memory(task)
     split = open_dataset(task.data).splits["train"]
     render = Renderer(task.size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), False)
@@ -119,7 +121,7 @@ def decode_and_augment(task: Task) -> _Epoch:
     def work(numbers: list[int], batch: np.ndarray) -> None:
         render.batch(batch, lambda row, pixels: render.decode(encoded[numbers[row]], rows[numbers[row]], pixels))
 
-    return partial(threaded, len(encoded), task, work)
+    return in_processes(len(encoded), task, work)
 
 
 def in_memory(task: Task) -> list[bytes]:
@@ -128,25 +130,27 @@ def in_memory(task: Task) -> list[bytes]:
     return list(map(Files(split, 1).read, range(len(split))))
 
 
-def threaded(count: int, task: Task, work: Callable[[list[int], np.ndarray], None]) -> Iterator[list[int]]:
-    """`count` images, in pieces of a batch that is larger than a cache, as a loader's is."""
-    workers = Workers(len(task.cores))
-    rows = np.arange(count)
-    batches = threading.local()
+_Work = Callable[[list[int], np.ndarray], None]
+_in_process: dict[str, Any] = {}
 
-    def some(numbers: list[int], piece: slice) -> list[int]:
-        batch = batches.__dict__.setdefault("batch", np.empty((_BATCH, 3, task.size, task.size), np.float32))
-        work(numbers, batch[piece][: len(numbers)])
-        return numbers
 
-    futures = [
-        workers.submit(partial(some, rows[start : start + _BATCH][piece].tolist(), piece))
-        for start in range(0, count, _BATCH)
-        for piece in chunks(rows[:_BATCH], len(task.cores))
-    ]
-    for future in futures:
-        yield future.result()
-    workers.close()
+def _begin_process(work: _Work, size: int) -> None:
+    torch.set_num_threads(1)
+    _in_process.update(work=work, batch=np.empty((_BATCH, 3, size, size), np.float32))
+
+
+def _piece(numbers: list[int]) -> list[int]:
+    rows = numbers[0] % _BATCH
+    _in_process["work"](numbers, _in_process["batch"][rows : rows + len(numbers)])
+    return numbers
+
+
+def in_processes(count: int, task: Task, work: _Work) -> _Epoch:
+    """`count` images in pieces of a batch that is larger than a cache, as a loader's is; nothing comes back."""
+    gc.freeze()  # a collection in the processes would copy what they share
+    pool = multiprocessing.get_context("fork").Pool(len(task.cores), _begin_process, (work, task.size))
+    pieces = [list(range(start, min(start + 16, count))) for start in range(0, count, 16)]
+    return lambda: pool.imap_unordered(_piece, pieces)
 
 
 class PillowTransform:
@@ -289,10 +293,10 @@ LOADERS: dict[str, Callable[[Task], _Epoch]] = {
 }
 
 
-def family() -> list[Path]:
-    """/proc folders of this process and its children."""
-    children = [path.read_text().split() for path in Path("/proc/self/task").glob("*/children")]
-    return [Path("/proc/self"), *(Path("/proc") / child for task in children for child in task)]
+def family(process: str = "self") -> list[Path]:
+    """/proc folders of this process and of those it has started, theirs included."""
+    children = [path.read_text().split() for path in Path("/proc", process, "task").glob("*/children")]
+    return [Path("/proc", process), *(folder for task in children for child in task for folder in family(child))]
 
 
 def cpu_seconds() -> float:
@@ -320,51 +324,62 @@ def serve(task: Task, pipe: Any) -> None:
             first = first or making + time.perf_counter() - started
             count += len(images)
         pipe.send((count, time.perf_counter() - started, cpu_seconds() - spent, first, memory_bytes()))
+    for child in multiprocessing.active_children():
+        child.kill()
     os._exit(0)  # some loaders' threads and processes take their time to end
 
 
-def measure(tasks: list[Task], rounds: int) -> dict[str, list[tuple[float, ...]]]:
+def measure(tasks: list[Task], rounds: int) -> list[list[tuple[float, ...]]]:
     """Answers of each loader, the first turn included, all taking turns."""
     context = multiprocessing.get_context("spawn")
-    pipes: dict[str, Any] = {}
+    pipes: list[Any] = []
     for task in tasks:
-        pipes[task.loader], other = context.Pipe()
+        pipe, other = context.Pipe()
         context.Process(target=serve, args=(task, other)).start()
         other.close()
-    answers: dict[str, list[tuple[float, ...]]] = {name: [] for name in pipes}
+        pipes.append(pipe)
+    answers: list[list[tuple[float, ...]]] = [[] for _ in pipes]
     for _ in range(rounds + 1):
-        for name in random.sample(list(pipes), len(pipes)):
-            pipes[name].send(True)
-            answers[name].append(pipes[name].recv())
-    for pipe in pipes.values():
+        for number in random.sample(range(len(pipes)), len(pipes)):
+            pipes[number].send(True)
+            answers[number].append(pipes[number].recv())
+    for pipe in pipes:
         pipe.send(False)
     return answers
 
 
-def spread(values: list[float]) -> str:
-    return "{1:.0f} [{0:.0f} {2:.0f}]".format(*statistics.quantiles(values, n=4))
+def spread(values: list[float], digits: int = 0) -> str:
+    return "{1:.{n}f} [{0:.{n}f} {2:.{n}f}]".format(*statistics.quantiles(values, n=4), n=digits)
 
 
 def report(data: Path, files: Path, sizes: dict[str, int], settings: Settings) -> None:
     """The tables of one data set; sizes: side trained on by augmentation."""
-    names = settings.loaders or tuple(LOADERS)
-    titles = [*settings.augmentations, "first batch ms", "memory MB"]
-    for count in settings.cores:
-        rates: dict[str, list[str]] = {name: [] for name in names}
-        costs: dict[str, list[str]] = {name: [] for name in names}
-        for augmentation in settings.augmentations:
-            size = sizes.get(augmentation, sizes["none"])
-            tasks = [Task(name, data, files, augmentation, size, tuple(range(count))) for name in names]
-            for name, answers in measure(tasks, settings.rounds).items():
-                rates[name].append(spread([images / seconds for images, seconds, *_ in answers[1:]]))
-                costs[name].append(spread([1e6 * spent / images for images, _, spent, *_ in answers[1:]]))
-                if augmentation == settings.augmentations[-1]:
-                    costs[name] += [f"{1000 * answers[0][3]:.0f}", f"{answers[-1][4] / 1e6:.0f}"]
-        for title, table in (("images/s", rates), ("CPU time an image, microseconds", costs)):
-            print(f"\n{data.name}, batches of {_BATCH}, cores: {count}: {title}")
-            print(f"{'':<18}" + "".join(f"{name:>21}" for name in titles[: len(table[names[0]])]))
-            for name in names:
-                print(f"{name:<18}" + "".join(f"{cell:>21}" for cell in table[name]), flush=True)
+    names, cores = settings.loaders or tuple(LOADERS), settings.cores
+    tables: dict[str, dict[str, list[str]]] = {}
+
+    def add(title: str, name: str, cell: str) -> None:
+        tables.setdefault(title, {}).setdefault(name, []).append(cell)
+
+    for augmentation in settings.augmentations:
+        size = sizes.get(augmentation, sizes["none"])
+        kinds = [(name, count) for name in names for count in cores]
+        tasks = [Task(name, data, files, augmentation, size, tuple(range(count))) for name, count in kinds]
+        answers = dict(zip(kinds, measure(tasks, settings.rounds), strict=True))
+        rates = {kind: [images / seconds for images, seconds, *_ in found[1:]] for kind, found in answers.items()}
+        for (name, count), found in answers.items():
+            add(f"images/s, cores: {count}", name, spread(rates[name, count]))
+            costs = [1e6 * spent / images for images, _, spent, *_ in found[1:]]
+            add(f"CPU time an image, microseconds, cores: {count}", name, spread(costs))
+            add(f"first batch ms, cores: {count}", name, f"{1000 * found[0][3]:.0f}")
+            add(f"memory MB, cores: {count}", name, f"{found[-1][4] / 1e6:.0f}")
+        for name, count in itertools.product(names, cores[1:]):
+            ratios = [more / one for one, more in zip(rates[name, cores[0]], rates[name, count], strict=True)]
+            add(f"images/s, cores: {count} relative to {cores[0]}", name, spread(ratios, 2))
+    for title, table in sorted(tables.items()):
+        print(f"\n{data.name}, batches of {_BATCH}: {title}")
+        print(f"{'':<18}" + "".join(f"{name:>21}" for name in settings.augmentations))
+        for name in names:
+            print(f"{name:<18}" + "".join(f"{cell:>21}" for cell in table[name]), flush=True)
 
 
 def repeated(source: Path, folder: Path, times: int) -> Path:

@@ -32,7 +32,7 @@ def worker(steps: int) -> None:
     torch.manual_seed(world.rank)
     model = models.build("wrn_28_2", classes=10, image_size=32)
     local = copy.deepcopy(model)  # no hook sends its gradients
-    optimizer = world.distribute(torch.optim.SGD(model.parameters(), lr=1e-3), model)
+    model, optimizer = world.distribute(model, torch.optim.SGD(model.parameters(), lr=1e-3))
     images, labels = torch.randn(IMAGES, 3, 32, 32), torch.randint(10, (IMAGES,))
     criterion = nn.CrossEntropyLoss()
 
@@ -56,7 +56,7 @@ def worker(steps: int) -> None:
                     backward(local, kind)
                     for p, q in zip(model.parameters(), local.parameters(), strict=True):
                         p.grad = q.grad
-                world.average_gradients(optimizer)
+                world.average_gradients(optimizer, torch.zeros(1))
                 world.update(optimizer)
                 if step:  # the first is a warm-up
                     seconds.setdefault((kind, overlapped), []).append(time.perf_counter() - began)

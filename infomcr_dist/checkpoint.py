@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-FORMAT = 3
+FORMAT = 4
 State = dict[str, Any]
 _NAME = re.compile(r"step-(?P<step>\d{8,})-(?P<checksum>[0-9a-f]{16})\.pt")
 

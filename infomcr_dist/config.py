@@ -23,7 +23,8 @@ class DataSettings:
     """The data set, and how a global batch is made of it."""
 
     path: str = "fashion-mnist"
-    """Directory of a prepared data set; ``fashion-mnist`` is ./data/fashion-mnist, prepared on first use."""
+    """Directory of a prepared data set or of shards, or their URLs with braces, https://host/train-{0000..0146}.tar
+    (http, https, s3, gs or file); ``fashion-mnist`` is ./data/fashion-mnist, prepared on first use."""
     backend: Literal["dali", "torch", "webdataset", "synthetic"] = "dali"
     """Loader that decodes and augments the training batches; webdataset streams, so evaluation uses torch there."""
     on_error: Literal["stop", "skip"] = "stop"
@@ -54,7 +55,9 @@ class DataSettings:
     """Largest number of images that a worker takes through the network at once; gradients are accumulated over the
     pieces of a larger local batch. null: the whole local batch."""
     threads: int = 1
-    """Decoding threads per worker."""
+    """Decoding threads per worker; processes where the backend is torch."""
+    cache_bytes: int = 10_000_000_000
+    """Largest size of the local copies of what is read from URLs, on each machine, below XDG_CACHE_HOME; 0: none."""
     prefetch: int = 2
     """Batches decoded ahead."""
 
@@ -85,7 +88,7 @@ class DataSettings:
                 "data.backend=webdataset streams whole shards, it cannot select images or change labels, "
                 f"got {got}: use dali or torch"
             )
-        for name in ("confusion_images", "holdout_images"):
+        for name in ("confusion_images", "holdout_images", "cache_bytes"):
             _require(getattr(self, name) >= 0, f"data.{name}", "at least 0", getattr(self, name))
         if self.confusion_images and self.train_images is None:
             raise ValueError(
@@ -343,6 +346,8 @@ class Config:
     """Seconds from the signal to stop to a worker's exit, saved or not; less than the sender's grace period."""
     hang_timeout_seconds: float | None = 120.0
     """Seconds after which a hanging worker or a silent network ends the job; null: never."""
+    engine: Literal["auto", "horovod", "torch"] = "auto"
+    """Whose workers these are: Horovod's (horovodrun) or torch.distributed's (torchrun); auto: by the environment."""
     pid_dir: str | None = None
     """Directory for a file rank-LOCAL_RANK.pid per worker of a host, for whoever must signal it; null: none."""
     threads: int | None = None
@@ -408,6 +413,8 @@ class MeasureSettings:
     """Seed of the trials."""
     batch_size: int = 250
     """Images per batch of a worker."""
+    engine: Literal["auto", "horovod", "torch"] = "auto"
+    """Whose workers these are: Horovod's (horovodrun) or torch.distributed's (torchrun); auto: by the environment."""
     threads: int | None = None
     """CPU threads a worker computes with; null: OMP_NUM_THREADS, else its share of the cores that may be used."""
     output: str = "measure"

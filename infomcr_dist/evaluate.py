@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 
@@ -15,9 +15,9 @@ from infomcr_dist.config import MetricSettings
 from infomcr_dist.curvature import Estimate, Spectrum, estimate, robustness, spectrum
 from infomcr_dist.functional import Criterion, functional_loss
 from infomcr_dist.gram import gradient_gram
-from infomcr_dist.world import World
-from pipelines import Loader, LocalBatch, Split, evaluation_batches
-from pipelines.random_streams import Stream, generator
+from infomcr_dist.world import UserError, World
+from pipelines import Batch, Loader, LocalBatch, Split, evaluation_batches
+from pipelines.random_streams import Stream, generator, permutation
 
 _ROBUSTNESS_BATCH = 50
 
@@ -36,7 +36,7 @@ def evaluate(model: nn.Module, loader: Loader, split: Split, batch_size: int, wo
     """Errors over the whole split, every image counted once; every worker takes its share and gets the result."""
     totals = [0.0, 0.0, 0.0, 0.0]
     with evaluating(model):
-        for _, images, labels in loader.batches(evaluation_batches(len(split), batch_size, world.rank, world.size)):
+        for _, images, labels in _read(loader, evaluation_batches(len(split), batch_size, world.rank, world.size)):
             if len(labels):
                 totals = [a + b for a, b in zip(totals, _count(model(images), labels), strict=True)]
     loss, top1, top5, samples = world.sum(totals)
@@ -67,7 +67,7 @@ def estimate_curvature(
     Trial t draws its N' = ``settings.samples`` images without replacement by (seed, t) alone, out of the first
     ``settings.images`` of a shuffle by the seed. The workers share the trials out; one number set a trial travels.
     """
-    pool = generator(Stream.METRIC_POOL, seed).permutation(len(split))[: settings.images]
+    pool = permutation(Stream.METRIC_POOL, len(split), seed)[: settings.images]
     samples = min(settings.samples, len(pool))
     trials = (_trial_batch(trial, pool, samples, seed) for trial in range(world.rank, settings.trials, world.size))
     with evaluating(model), torch.enable_grad():
@@ -75,7 +75,7 @@ def estimate_curvature(
         params = {name: p.detach() for name, p in model.named_parameters()}
         own = [
             astuple(spectrum(gradient_gram(loss_fn, params, (images, labels))))
-            for _, images, labels in loader.batches(trials)
+            for _, images, labels in _read(loader, trials)
         ]
     by_rank = world.gather(own)
     spectra = [Spectrum(*by_rank[trial % world.size][trial // world.size]) for trial in range(settings.trials)]
@@ -91,13 +91,21 @@ def estimate_robustness(
     model: nn.Module, loader: Loader, split: Split, images: int, seed: int, world: World
 ) -> Estimate:
     """Mean over so many training images of ‖J_x[f_w(x)]‖₂² (Sec. 7.1), each image taken once over all workers."""
-    pool = generator(Stream.METRIC_POOL, seed).permutation(len(split))[:images]
+    pool = permutation(Stream.METRIC_POOL, len(split), seed)[:images]
     batches = (
         replace(batch, samples=pool[batch.samples])
         for batch in evaluation_batches(len(pool), _ROBUSTNESS_BATCH, world.rank, world.size)
     )
-    own = [value for _, images, _ in loader.batches(batches) for value in robustness(model, images).tolist()]
+    own = [value for _, images, _ in _read(loader, batches) for value in robustness(model, images).tolist()]
     return estimate([value for values in world.gather(own) for value in values])
+
+
+def _read(loader: Loader, local_batches: Iterable[LocalBatch]) -> Iterator[Batch]:
+    """The loader's batches; UserError if a sample cannot be read."""
+    try:
+        yield from loader.batches(local_batches)
+    except ValueError as error:
+        raise UserError(f"data: {error}") from error
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from infomcr_dist.overhead_budget import OverheadBudget
 from infomcr_dist.world import World
 from pipelines import Dataset, LoaderConfig, LocalBatch, Sampler, Split, open_dataset
 from pipelines.cores import available_cores
-from pipelines.random_streams import Stream, generator
+from pipelines.random_streams import Stream, generator, permutation
 
 DEMO_DATA = Path("data") / "fashion-mnist"
 """Where ``data.path=fashion-mnist`` is, below the current directory."""
@@ -140,31 +140,32 @@ def select_splits(config: Config, dataset: Dataset) -> dict[str, Split]:
         )
     if taken is None and held_out == 0:
         return {"train": whole, "test": dataset.splits["test"]}
-    shuffled = generator(Stream.SPLIT, config.seed).permutation(len(whole))
-    end = None if taken is None else held_out + taken + data.confusion_images
-    train = whole.subset(shuffled[held_out:end])
-    if data.confusion_images:
-        index = train.index.copy()
-        labels = generator(Stream.CONFUSION, config.seed).integers(len(dataset.classes), size=data.confusion_images)
-        index["label"][taken:] = labels
-        train = replace(train, index=index)
-    return {"train": train, "test": whole.subset(shuffled[:held_out]) if held_out else dataset.splits["test"]}
+    shuffled = permutation(Stream.SPLIT, len(whole), config.seed)
+    held = np.sort(shuffled[:held_out])
+    if taken is None:
+        train = replace(whole, index=np.delete(whole.index, held))
+    else:  # in the order of the shards, so that those of a shard are in a row
+        confused = shuffled[held_out + taken : held_out + taken + data.confusion_images]
+        ids = np.concatenate((np.sort(shuffled[held_out : held_out + taken]), np.sort(confused)))
+        train = whole.subset(ids)
+        labels = generator(Stream.CONFUSION, config.seed).integers(len(dataset.classes), size=len(confused))
+        train.index["label"][taken:] = labels
+    return {"train": train, "test": whole.subset(held) if held_out else dataset.splits["test"]}
 
 
 def measured_images(config: Config, train: Split) -> Split:
     """The training images that metrics are taken on: those with labels of their own. Ids are as in ``train``."""
-    return train.subset(np.arange(len(train) - config.data.confusion_images))
+    return replace(train, index=train.index[: len(train) - config.data.confusion_images])
 
 
 def stored_size(dataset: Dataset) -> int:
     """Side of the stored images in pixels; ValueError if they are not squares of one size."""
-    index = dataset.splits["train"].index
-    side = int(index["height"][0])
-    if (index["height"] != side).any() or (index["width"] != side).any():
+    sides = dataset.splits["train"].sides
+    if sides is None or sides[0] != sides[1]:
         raise ValueError(
             f"data.image_size must be given, got null: the images of {dataset.path} are not squares of one size"
         )
-    return side
+    return sides[0]
 
 
 def plan_steps(config: Config, split: Split, workers: int) -> tuple[Sampler, int | None]:
@@ -179,9 +180,9 @@ def plan_steps(config: Config, split: Split, workers: int) -> tuple[Sampler, int
         )
 
     def sampler(unit: int) -> Sampler:
-        batch, shards = min(global_batch, samples), split.index["shard"]
+        batch, sizes = min(global_batch, samples), split.shard_sizes
         return Sampler(
-            samples, batch, config.seed, drop_last=data.drop_last, shuffle=data.shuffle, shards=shards, unit=unit
+            samples, batch, config.seed, drop_last=data.drop_last, shuffle=data.shuffle, shard_sizes=sizes, unit=unit
         )
 
     if regularizer.when == "never":
@@ -224,6 +225,7 @@ def eval_loader_config(
         device=world.device,
         threads=data.threads,
         prefetch=data.prefetch,
+        cache_bytes=data.cache_bytes,
         on_error=data.on_error,
         rank=world.rank,
         world_size=world.size,

@@ -2,6 +2,7 @@
 
     infomcr measure CHECKPOINT [CHECKPOINT …] [key=value …]
     horovodrun -np 8 infomcr measure CHECKPOINT [CHECKPOINT …] [key=value …]
+    torchrun --nproc-per-node 8 --no-python infomcr measure CHECKPOINT [CHECKPOINT …] [key=value …]
 
 A checkpoint is a file or a run directory (its newest). Prints a table, best γ̂ first, and writes it as JSON and as a
 picture. The workers share the work; the numbers do not depend on how many there are.
@@ -213,11 +214,18 @@ def draw(rows: list[Measurement], path: Path) -> None:
 def main(arguments: list[str]) -> int:
     """The command; returns the exit code."""
     lenient()
+    paths: list[str] = []
+    settings, mistake = MeasureSettings(), None
+    try:
+        paths, overrides = MEASURE.parse(arguments)
+        settings = load(MeasureSettings, None, overrides)
+    except ValueError as error:
+        mistake = error  # raised once the workers are connected, so that rank 0 alone reports it
 
     def body(world: World) -> int:
         with world.synchronize_errors():
-            paths, overrides = MEASURE.parse(arguments)
-            settings = load(MeasureSettings, None, overrides)
+            if mistake is not None:
+                raise mistake
         torch.set_num_threads(compute_threads(settings.threads, world.local_size))
         measured = (measure(Path(path), settings, world) for path in paths)
         rows = sorted(measured, key=lambda row: row.curvature.gamma_hat.mean)
@@ -226,7 +234,7 @@ def main(arguments: list[str]) -> int:
                 _write(rows, settings)
         return 0
 
-    return run_in_world(body)
+    return run_in_world(body, engine=settings.engine)
 
 
 def _write(rows: list[Measurement], settings: MeasureSettings) -> None:

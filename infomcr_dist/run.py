@@ -211,7 +211,7 @@ def _prepare_run(config: Config, recipe: Path, world: World, committed: Committe
 
 def _open_telemetry(config: Config, recipe: Path, world: World) -> Telemetry:
     info = {"model": config.model, "recipe": recipe.stem, "backend": config.data.backend}
-    info |= {"precision": config.precision, "estimator": config.regularizer.estimator}
+    info |= {"engine": world.engine, "precision": config.precision, "estimator": config.regularizer.estimator}
     info |= {"derivative": config.regularizer.derivative}
     return Telemetry(config.telemetry, rank=world.rank, local_rank=world.local_rank, world_size=world.size, info=info)
 
@@ -223,9 +223,10 @@ def _initial_state(experiment: Experiment, model: nn.Module, world: World) -> Tr
     budget = None
     if config.regularizer.overhead_budget is not None and experiment.sub_batch_size is not None:
         budget = OverheadBudget(config.regularizer.overhead_budget, experiment.num_sub_batches, config.seed)
+    model, optimizer = world.distribute(model, build_optimizer(config.optimizer, model))
     return TrainState(
         model=model,
-        optimizer=world.distribute(build_optimizer(config.optimizer, model), model),
+        optimizer=optimizer,
         learning_rate=LearningRate(config.schedule, peak, config.epochs, sampler.steps),
         penalty_weight=PenaltyWeight(config.regularizer, config.schedule.warmup_epochs),
         overhead_budget=budget,

@@ -23,13 +23,16 @@ from pipelines.options import flat, to_dict
 _MAY_CHANGE = frozenset(
     (
         *("epochs", "run_dir", "resume", "allow_config_change", "threads", "max_nonfinite_steps"),
-        *("compare_weights_steps", "shutdown_timeout_seconds", "hang_timeout_seconds", "pid_dir"),
+        *("compare_weights_steps", "shutdown_timeout_seconds", "hang_timeout_seconds", "pid_dir", "engine"),
         *("evaluation", "metric", "checkpoint", "telemetry"),
     )
 )
 """Settings and sections that a resumed run may change: they do not alter the remaining steps, or only add to them."""
 _MAY_CHANGE_OF_DATA = frozenset(
-    ("path", "backend", "on_error", "batch_size", "global_batch_size", "max_batch_size", "threads", "prefetch")
+    (
+        *("path", "backend", "on_error", "batch_size", "global_batch_size", "max_batch_size", "threads", "prefetch"),
+        "cache_bytes",
+    )
 )
 """Of the data section; the shards' fingerprint and the global batch are compared instead."""
 

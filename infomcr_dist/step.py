@@ -67,9 +67,9 @@ def train_step(
     statistics stay as they were.
 
     Args:
-        model: its parameters are those of ``optimizer``.
+        model: what `World.distribute` returned.
         criterion: mean loss of logits (B, classes) and labels (B,).
-        optimizer: what `World.distribute` returned.
+        optimizer: likewise.
         world: the workers that take this step together.
         batch: images (B, 3, H, W) float32 and labels (B,) int64 of this worker; B may be 0.
         loss_scale: this worker's fraction of the global batch times the number of workers, so that the mean over
@@ -94,13 +94,12 @@ def train_step(
                 local = regularized_backward(model, criterion, images, labels, **arguments, **asdict(penalty))
     fraction = loss_scale / world.size
     losses = torch.stack([local.loss, local.penalty]).double() * fraction
-    sums = world.sum_later(torch.cat([losses, torch.tensor(flags, dtype=torch.float64, device=images.device)]))
+    values = torch.cat([losses, torch.tensor(flags, dtype=torch.float64, device=images.device)])
     if images.is_cuda:
         torch.cuda.current_stream().synchronize()  # so that what follows is the wait for the others
     computed = time.perf_counter()
-    world.average_gradients(optimizer)
+    loss, penalty_value, *summed_flags = world.average_gradients(optimizer, values)
     averaged = time.perf_counter()
-    loss, penalty_value, *summed_flags = sums()
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     gradient_norm = norm.item()

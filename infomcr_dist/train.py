@@ -2,6 +2,7 @@
 
     infomcr train [RECIPE] [key=value …]
     horovodrun -np 8 infomcr train [RECIPE] [key=value …]
+    torchrun --nproc-per-node 8 --no-python infomcr train [RECIPE] [key=value …]
 
 Without a recipe it trains the demo, ResNet-20 on Fashion-MNIST. SIGTERM or SIGINT to any worker ends all of them after
 the step they are in, with that step saved. Under launch/elastic.sh workers may join and leave: every worker keeps the
@@ -233,7 +234,7 @@ def main(arguments: list[str]) -> int:
             _run_with_restarts(config, Path(recipe), mistake, world, stop)
         return 0
 
-    return run_in_world(body, config.hang_timeout_seconds)
+    return run_in_world(body, config.hang_timeout_seconds, config.engine)
 
 
 def _run_with_restarts(

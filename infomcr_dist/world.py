@@ -1,16 +1,16 @@
 """The workers of a run: who this process is, and the few things it does together with the others.
 
-A single process is rank 0 of 1; the worlds of several workers are in ``engines``. Under ``horovodrun
---host-discovery-script`` (launch/elastic.sh) the world is elastic: when a worker is lost, or the launcher finds that
-hosts joined or left, the remaining workers `restart` it at its new size.
+A single process is rank 0 of 1; the worlds of several workers are in ``engines``, one module an engine. Under
+``horovodrun --host-discovery-script`` (launch/elastic.sh) the world is elastic: when a worker is lost, or the launcher
+finds that hosts joined or left, the remaining workers `restart` it at its new size.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,8 @@ class HostsChanged(Exception):
 class World(ABC):
     """What an engine offers; one process is one worker, with a GPU of its own where there are any."""
 
+    engine: Literal["none", "horovod", "torch"] = "none"
+    """Whose workers these are; none: a single process"""
     rank: int = 0
     size: int = 1
     local_rank: int = 0
@@ -69,15 +71,23 @@ class World(ABC):
     device: torch.device
 
     @abstractmethod
-    def distribute(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer to pass to `average_gradients` and `update`, without the state of the one given.
+    def distribute(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The model and the optimizer to train with, in place of these.
 
-        Weights and buffers become those of rank 0.
+        Weights and buffers become those of rank 0. The optimizer may come without the state of the one given.
         """
 
     @abstractmethod
-    def average_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Wait until every ``p.grad`` is the mean over the workers."""
+    def average_gradients(self, optimizer: torch.optim.Optimizer, values: Tensor) -> list[float]:
+        """Wait until every ``p.grad`` is the mean over the workers.
+
+        Args:
+            optimizer: what `distribute` returned, after one backward pass of its model, or none.
+            values: a vector of numbers.
+
+        Returns:
+            The sums of the values over the workers, which travel beside the gradients.
+        """
 
     @abstractmethod
     def update(self, optimizer: torch.optim.Optimizer) -> None:
@@ -90,10 +100,6 @@ class World(ABC):
     @abstractmethod
     def gather(self, value: Any) -> list[Any]:
         """Every worker's value, by rank."""
-
-    @abstractmethod
-    def sum_later(self, values: Tensor) -> Callable[[], list[float]]:
-        """Begin to add up a vector of numbers over the workers; calling the result waits for the sums."""
 
     @abstractmethod
     def average_buffers(self, model: nn.Module) -> None:
@@ -112,9 +118,9 @@ class World(ABC):
         """Whether hosts joined or left since the world began, as far as this worker was notified."""
         return False
 
-    @abstractmethod
     def restart(self) -> None:
         """Begin again, at another size and rank, after one of `restart_errors`."""
+        raise AssertionError("a world that is not elastic has no restart_errors")
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sums over the workers, in float64, added up in the order of ranks."""
@@ -146,11 +152,11 @@ class SingleProcess(World):
     def __init__(self) -> None:
         self.device = local_device(self.local_rank)
 
-    def distribute(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-        return optimizer
+    def distribute(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        return model, optimizer
 
-    def average_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        pass
+    def average_gradients(self, optimizer: torch.optim.Optimizer, values: Tensor) -> list[float]:
+        return values.tolist()
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
@@ -161,17 +167,11 @@ class SingleProcess(World):
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
-    def sum_later(self, values: Tensor) -> Callable[[], list[float]]:
-        return values.tolist
-
     def average_buffers(self, model: nn.Module) -> None:
         pass
 
     def barrier(self) -> None:
         pass
-
-    def restart(self) -> None:
-        raise AssertionError("a single process has no restart_errors")
 
     def close(self) -> None:
         pass

@@ -3,25 +3,33 @@
 #
 #   usage: launch/setup.sh          (make setup; PYTHON=python3.12 make setup uses another interpreter)
 #
-# Safe to repeat: what exists is kept, and a second run takes a second.
+# ENGINE=torch does without Horovod, and so without a compiler: several workers are then started by torchrun.
+# Safe to repeat: what exists is kept, a Horovod included, and a second run takes a second.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-python=${PYTHON:-python3}
+python=${PYTHON:-python3} engine=${ENGINE:-horovod}
 say() { printf '%s\n' "$*" >&2; }
 fail() { say "setup: $*"; exit 1; }
 step() { say "setup: $*"; }
 
 # What .venv was made from: if nothing of it has changed, there is nothing to do.
-inputs=$("$python" -c 'import sys; print(sys.version)' 2>/dev/null; cat constraints.txt pyproject.toml launch/setup.sh launch/build_horovod.sh launch/horovod/*.patch; pwd)
+[[ $engine == horovod || $engine == torch ]] || fail "ENGINE must be horovod or torch, got $engine"
+hash_of() { { "$python" -c 'import sys; print(sys.version)' 2>/dev/null || true; pwd; cat constraints.txt pyproject.toml launch/setup.sh "$@"; } | sha256sum | cut -d' ' -f1; }
 stamp=.venv/made-from
-wanted=$(printf '%s' "$inputs" | sha256sum | cut -d' ' -f1)
-[[ -f $stamp && $(<"$stamp") == "$wanted" ]] && exit 0
+wanted=$(hash_of launch/build_horovod.sh launch/horovod/*.patch)
+[[ -f $stamp && $(<"$stamp") == "$wanted" ]] && exit 0    # with Horovod, which torchrun does not disturb
+if [[ $engine == torch ]]; then
+    wanted=$(hash_of)
+    [[ -f $stamp && $(<"$stamp") == "$wanted" ]] && exit 0
+fi
 
 command -v "$python" >/dev/null || fail "no $python: install Python 3.11 or later (Debian, Ubuntu: apt-get install python3 python3-venv python3-dev), or name one: PYTHON=… make setup"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$python is $("$python" -V): Python 3.11 or later is needed; name one: PYTHON=… make setup"
-command -v "${CXX:-g++}" >/dev/null || fail "no C++ compiler: install one (Debian, Ubuntu: apt-get install g++)"
-command -v patch >/dev/null || fail "no patch: install it (Debian, Ubuntu: apt-get install patch)"
+if [[ $engine == horovod ]]; then
+    command -v "${CXX:-g++}" >/dev/null || fail "no C++ compiler: install one (Debian, Ubuntu: apt-get install g++), or do without Horovod: make setup ENGINE=torch"
+    command -v patch >/dev/null || fail "no patch: install it (Debian, Ubuntu: apt-get install patch), or do without Horovod: make setup ENGINE=torch"
+fi
 
 rm -f "$stamp"
 if [[ ! -x .venv/bin/python || $(.venv/bin/python -V 2>&1) != "$("$python" -V)" ]]; then
@@ -32,12 +40,17 @@ fi
 install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$@"; }
 
 step "installing torch and the build tools"
-install setuptools wheel cmake numpy torch || fail "torch or the build tools could not be installed (pip's reason is above): is the package index reachable, is there room on the disk (df -h .)?"
-wheel=$(launch/build_horovod.sh "$PWD/.venv/bin/python") || fail "Horovod could not be built (the reason is above)"
-step "installing Horovod"
-{ install "$wheel" && install --force-reinstall --no-deps "$wheel"; } || fail "the Horovod wheel $wheel could not be installed: remove it and repeat"
+if [[ $engine == horovod ]]; then tools=(cmake); else tools=(); fi
+install setuptools wheel numpy torch "${tools[@]}" || fail "torch or the build tools could not be installed (pip's reason is above): is the package index reachable, is there room on the disk (df -h .)?"
+if [[ $engine == horovod ]]; then
+    wheel=$(launch/build_horovod.sh "$PWD/.venv/bin/python") || fail "Horovod could not be built (the reason is above); make setup ENGINE=torch does without"
+    step "installing Horovod"
+    { install "$wheel" && install --force-reinstall --no-deps "$wheel"; } || fail "the Horovod wheel $wheel could not be installed: remove it and repeat"
+fi
 step "installing the project and its dependencies"
 install --no-build-isolation --editable '.[dev]' || fail "the dependencies could not be installed (pip's reason is above): is the package index reachable, is there room on the disk (df -h .)?"
-.venv/bin/python -W ignore -c 'import horovod.torch, nvidia.dali, infomcr_dist' || fail "the installed packages do not import (the reason is above): remove .venv and repeat"
+imports="nvidia.dali, infomcr_dist"
+[[ $engine == torch ]] || imports="horovod.torch, $imports"
+.venv/bin/python -W ignore -c "import $imports" || fail "the installed packages do not import (the reason is above): remove .venv and repeat"
 printf '%s' "$wanted" >"$stamp"
 step "done: . .venv/bin/activate"

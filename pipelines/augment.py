@@ -81,11 +81,14 @@ class Geometry:
     mirror: Ints
     jitter: NDArray[np.float32]
 
+    def steps(self) -> Ints:
+        """All but the jitter, int32 (B, 7), in the order of `Row.steps`."""
+        return np.concatenate([self.anchor, self.shape, self.shift, self.mirror[:, None]], axis=1)
+
     def rows(self) -> list["Row"]:
         """One sample each, as Python numbers."""
         # Few objects: enough of them would start the garbage collector with every batch.
-        steps = np.concatenate([self.anchor, self.shape, self.shift, self.mirror[:, None]], axis=1)
-        return list(map(Row, steps.tolist(), self.jitter.tolist()))
+        return list(map(Row, self.steps().tolist(), self.jitter.tolist()))
 
     def __getitem__(self, item: slice) -> "Geometry":
         return Geometry(self.anchor[item], self.shape[item], self.shift[item], self.mirror[item], self.jitter[item])

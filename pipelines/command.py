@@ -87,7 +87,7 @@ class Command:
                 overrides.append(word)
             else:
                 given.append(word)
-        return self._positionals(given), overrides
+        return self._positionals(given, overrides), overrides
 
     def run(self, arguments: Sequence[str], body: Callable[[list[str], list[str]], int]) -> int:
         """Call ``body(positional arguments, overrides)``; a user's mistake becomes one line on stderr and exit code 2.
@@ -166,13 +166,14 @@ class Command:
         names = " ".join(_USAGE[argument.nargs].format(argument.name) for argument in self.arguments)
         return f"infomcr {self.name} {names} [key=value ...]"
 
-    def _positionals(self, given: list[str]) -> list[str]:
+    def _positionals(self, given: list[str], overrides: list[str]) -> list[str]:
         least = sum(argument.nargs != "?" for argument in self.arguments)
         last = self.arguments[-1]
         if len(given) < least or (last.nargs != "+" and len(given) > len(self.arguments)):
             wanted = " and ".join(argument.help for argument in self.arguments)
             got = " ".join(given) or "none"
-            raise ValueError(f"give {wanted}, then key=value settings, got {got}; usage: {self._usage()}")
+            hint = "; a new path with = in its name is given as ./PATH" if len(given) < least and overrides else ""
+            raise ValueError(f"give {wanted}, then key=value settings, got {got}{hint}; usage: {self._usage()}")
         if not given and last.default:
             given = [last.default]
         return [_path(text, self.arguments[min(i, len(self.arguments) - 1)]) for i, text in enumerate(given)]

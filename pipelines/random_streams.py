@@ -8,7 +8,8 @@ NumPy pads it with zeros, which makes `[s, 3]` and `[s, 3, 0]` the same.
 from enum import IntEnum
 
 import numpy as np
-from numpy.typing import NDArray
+
+from .permutation import KEYS, Permutation
 
 _WORD = 1 << 64
 
@@ -86,9 +87,15 @@ def torch_seed(stream: Stream, seed: int, index: int = 0, rank: int = 0) -> int:
     return int(philox(stream, seed, index, block=rank).random_raw()) | 1 << 63 | 1 << 31
 
 
-def permutation(stream: Stream, count: int, seed: int, index: int = 0) -> NDArray[np.int64]:
-    """0 .. count-1 in an order that depends on the arguments alone, on every machine; int64 (count,), read-only."""
+def permutation(stream: Stream, count: int, seed: int, index: int = 0, *, part: int = 0) -> Permutation:
+    """0 .. count-1 in an order that depends on the arguments alone, on every machine; nothing is computed yet.
+
+    Args:
+        stream: what the order is for.
+        count: of elements.
+        seed: as for `philox`.
+        index: the same.
+        part: of a stream that shuffles several parts, each by itself.
+    """
     # Raw Philox words are fixed by its definition; NumPy's own shuffles may change between its versions.
-    order = np.argsort(philox(stream, seed, index).random_raw(count), kind="stable")
-    order.setflags(write=False)
-    return order
+    return Permutation(count, philox(stream, seed, index, block=part * KEYS // 4).random_raw(KEYS))

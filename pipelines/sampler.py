@@ -4,17 +4,19 @@ Everything here is a pure function of (seed, epoch, the samples): the world size
 split, so runs on 1, 2 or 64 ranks see the same global batches, and a run can start at any step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .random_streams import Stream, permutation, philox
+from .random_streams import Stream, permutation
 
 Ids = NDArray[np.int64]
 Shuffle = Literal["full", "window"]
+_TOGETHER = 64
+"""Steps whose samples are looked up at a time"""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Sampler:
         drop_last: drop a last, smaller global batch of an epoch rather than keep it.
         shuffle: "full" is a permutation of all samples. "window" is for disks on which jumping between files is slow:
             shards in random order, `window` of them at a time shuffled as one.
-        shards: the shard of every sample, (samples,); needed for shuffle="window" alone.
+        shard_sizes: samples of each shard, in the order of the ids, (shards,); needed for shuffle="window" alone.
         window: shards shuffled as one.
         unit: samples that stay together on one rank, a sub-batch.
     """
@@ -61,10 +63,11 @@ class Sampler:
     seed: int
     drop_last: bool = False
     shuffle: Shuffle = "full"
-    shards: NDArray[Any] | None = field(default=None, repr=False)
+    shard_sizes: Ids | None = field(default=None, repr=False)
     window: int = 16
     unit: int = 1
-    _sequences: dict[int, Ids] = field(default_factory=dict, init=False, repr=False)
+    _windows: dict[int, "_Windows"] = field(default_factory=dict, init=False, repr=False)
+    """Of the last epoch that was asked for."""
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -79,8 +82,8 @@ class Sampler:
             raise ValueError(f"window must be at least 1 shard, got {self.window}")
         if self.unit < 1:
             raise ValueError(f"unit must be at least 1 sample, got {self.unit}")
-        if self.shuffle == "window" and (self.shards is None or len(self.shards) != self.samples):
-            raise ValueError(f"shuffle=window needs the shard of each of the {self.samples} samples")
+        if self.shuffle == "window" and (self.shard_sizes is None or np.sum(self.shard_sizes) != self.samples):
+            raise ValueError(f"shuffle=window needs shard_sizes that add up to the {self.samples} samples")
         if self.steps == 0:
             raise ValueError(
                 f"drop_last=true leaves no step: global_batch must be at most {self.samples}, the samples, "
@@ -93,25 +96,21 @@ class Sampler:
         whole, left = divmod(self.samples, self.global_batch)
         return whole + (1 if left and not self.drop_last else 0)
 
-    def sequence(self, epoch: int) -> Ids:
-        """All sample ids in the order of this epoch, int64 (samples,); read-only."""
-        if epoch not in self._sequences:
-            if self.shards is None or self.shuffle == "full":
-                sequence = permutation(Stream.SAMPLE, self.samples, self.seed, epoch)
-            else:
-                sequence = _windows(self.shards, self.window, self.seed, epoch)
-            self._sequences.clear()
-            self._sequences[epoch] = sequence
-        return self._sequences[epoch]
+    def at(self, epoch: int, positions: Ids) -> Ids:
+        """The ids of the samples at these positions of the epoch's order, int64, in the shape of `positions`."""
+        if self.shard_sizes is None or self.shuffle == "full":
+            return permutation(Stream.SAMPLE, self.samples, self.seed, epoch)[positions]
+        if epoch not in self._windows:
+            self._windows.clear()
+            self._windows[epoch] = _Windows(self.shard_sizes, self.window, self.seed, epoch)
+        return self._windows[epoch].at(positions)
 
     def local_batch(self, epoch: int, step: int, rank: int, world_size: int) -> LocalBatch:
         """The samples of one rank in global batch `step` of `epoch`."""
         if not 0 <= step < self.steps:
             raise ValueError(f"step must be in 0..{self.steps - 1}, got {step}")
-        first = step * self.global_batch
-        last = min(first + self.global_batch, self.samples)
-        start, stop = _share(first, last, rank, world_size, self.unit)
-        return LocalBatch(epoch, step, self.sequence(epoch)[start:stop], np.arange(start, stop), last - first)
+        (batch,) = self._local_batches(epoch, [step], rank, world_size)
+        return batch
 
     def largest_local_batch(self, world_size: int) -> int:
         """Samples in the largest local batch of any step and rank."""
@@ -120,8 +119,18 @@ class Sampler:
 
     def local_batches(self, epoch: int, rank: int, world_size: int, start: int = 0) -> Iterator[LocalBatch]:
         """The local batches of one rank from step `start` to the end of the epoch."""
-        for step in range(start, self.steps):
-            yield self.local_batch(epoch, step, rank, world_size)
+        for first in range(start, self.steps, _TOGETHER):
+            yield from self._local_batches(epoch, range(first, min(first + _TOGETHER, self.steps)), rank, world_size)
+
+    def _local_batches(self, epoch: int, steps: Sequence[int], rank: int, world_size: int) -> Iterator[LocalBatch]:
+        """Their samples are looked up together, which costs little more than those of one step."""
+        firsts = [step * self.global_batch for step in steps]
+        lasts = [min(first + self.global_batch, self.samples) for first in firsts]
+        bounds = [_share(first, last, rank, world_size, self.unit) for first, last in zip(firsts, lasts, strict=True)]
+        positions = [np.arange(start, stop) for start, stop in bounds]
+        samples = np.split(self.at(epoch, np.concatenate(positions)), np.cumsum([len(part) for part in positions])[:-1])
+        for step, ids, places, first, last in zip(steps, samples, positions, firsts, lasts, strict=True):
+            yield LocalBatch(epoch, step, ids, places, last - first)
 
 
 def evaluation_batches(samples: int, batch_size: int, rank: int, world_size: int) -> Iterator[LocalBatch]:
@@ -142,14 +151,31 @@ def evaluation_batches(samples: int, batch_size: int, rank: int, world_size: int
             yield LocalBatch(0, step, ids, ids, last - first)
 
 
-def _windows(shards: NDArray[Any], window: int, seed: int, epoch: int) -> Ids:
-    """Sample ids, window by window of randomly chosen shards, random within each window."""
-    names, shard = np.unique(shards, return_inverse=True)
-    rank = np.argsort(permutation(Stream.SHARD, len(names), seed, epoch))
-    words = philox(Stream.SAMPLE, seed, epoch).random_raw(len(shards))
-    order = np.lexsort((words, rank[shard] // window))
-    order.setflags(write=False)
-    return order
+class _Windows:
+    """An epoch's order with shuffle="window": its memory grows with the number of shards, not of samples."""
+
+    def __init__(self, shard_sizes: Ids, window: int, seed: int, epoch: int) -> None:
+        self._seed, self._epoch = seed, epoch
+        order = permutation(Stream.SHARD, len(shard_sizes), seed, epoch)[:]
+        self._first_ids = _starts(shard_sizes)[order]
+        self._starts = _starts(shard_sizes[order])  # positions of the shards
+        self._bounds = np.append(self._starts[:-1:window], self._starts[-1])  # positions of the windows
+
+    def at(self, positions: Ids) -> Ids:
+        windows = np.searchsorted(self._bounds, positions, side="right") - 1
+        places = np.empty_like(positions)  # in the order of the shards, before their samples are shuffled
+        for window in np.unique(windows).tolist():
+            start, stop = self._bounds[window : window + 2].tolist()
+            inside = windows == window
+            within = permutation(Stream.SAMPLE, stop - start, self._seed, self._epoch, part=window)
+            places[inside] = start + within[positions[inside] - start]
+        shards = np.searchsorted(self._starts, places, side="right") - 1
+        return self._first_ids[shards] + places - self._starts[shards]
+
+
+def _starts(sizes: Ids) -> Ids:
+    """Where pieces of these sizes begin that lie one after the other, and the end."""
+    return np.concatenate(([0], np.cumsum(sizes)))
 
 
 def _share(first: int, last: int, rank: int, world_size: int, unit: int = 1) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Check a data set: hash every shard, decode every sample.
+"""Check a data set: hash every shard, decode every sample with every backend that is installed.
 
     infomcr verify PATH [processes=N]
 
@@ -7,25 +7,32 @@ a mistake in the arguments, in one line.
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from loky import ProcessPoolExecutor
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from .command import VERIFY
+from .cores import available_cores
 from .format import Split, open_dataset
 from .format.dataset import MANIFEST
+from .format.external import index_shard
 from .format.tar import members
 from .loaders.decode import decode
-from .loaders.reader import Files, SampleError
+from .loaders.reader import Files, SampleError, plain
 from .options import load
+from .pools import begin_worker
+
+_ROUNDING = 2  # levels by which decoders of the same picture may differ
 
 
 @dataclass(frozen=True)
@@ -45,8 +52,8 @@ def verify(path: Path, processes: int = 0) -> Iterator[str]:
         for split in dataset.splits.values()
         for number, shard in enumerate(split.shards)
     ]
-    workers = min(processes or len(os.sched_getaffinity(0)), len(tasks))
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    workers = min(processes or available_cores(), len(tasks))
+    with ProcessPoolExecutor(workers, initializer=begin_worker, initargs=(os.getpid(),)) as pool:
         for faults in tqdm(pool.map(_faults, tasks), "verify", len(tasks), unit="shard", disable=None):
             yield from faults
 
@@ -72,19 +79,20 @@ def _faults(task: tuple[Split, str | None]) -> list[str]:
     faults: list[str] = []
     try:
         with shard.path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if expected and digest != expected:
-            faults.append(f"{shard.path}: its SHA-256 is not the one in {MANIFEST}")
-        for _ in members(shard.path):
-            pass
+            if expected and hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                faults.append(f"{shard.path}: its SHA-256 is not the one in {MANIFEST}")
+            members(file, str(shard.path))
+        if expected is None and not np.array_equal(index_shard(shard.path)[0], split.index):
+            faults.append(f"{shard.path}: its samples are not those of its index; remove that from XDG_CACHE_HOME")
     except (ValueError, OSError) as error:
         faults.append(str(error))
-    files = Files(split, threads=1)
+    files, dali = Files(split, threads=1), DaliDecoder() if _has_dali() else None
     for sample in range(len(split)):
+        where = split.where(sample)
         try:
-            image = decode(files.read(sample))
+            encoded = files.read(sample)
+            image = decode(encoded)
         except SampleError as error:
-            where = split.where(sample)
             faults.append(str(error) if where in str(error) else f"cannot decode {where}: {error}")
             continue
         except ValueError as error:  # the shard as a whole
@@ -92,8 +100,51 @@ def _faults(task: tuple[Split, str | None]) -> list[str]:
             break
         sides = split.index["height"][sample], split.index["width"][sample]
         if image.shape[:2] != sides:
-            faults.append(f"{split.where(sample)} is {image.shape[0]} x {image.shape[1]}, {sides} in its index")
+            faults.append(f"{where} is {image.shape[0]} x {image.shape[1]}, {sides} in its index")
+        elif dali is not None:
+            try:
+                other = dali.decode(plain(encoded))
+            except SampleError as error:
+                faults.append(f"cannot decode {where} with the backend dali: {error}")
+                continue
+            if other.shape != image.shape or np.abs(other - image.astype(np.int16)).max() > _ROUNDING:
+                faults.append(f"{where}: the backends dali and torch decode different pixels")
     return faults
+
+
+def _has_dali() -> bool:
+    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+
+
+class DaliDecoder:
+    """Decodes single images on the CPU as the backend dali does."""
+
+    def __init__(self) -> None:
+        self._pipeline: Any = None
+
+    def decode(self, encoded: bytes) -> NDArray[np.uint8]:
+        """RGB pixels (H, W, 3) of what `plain` returns; SampleError if it cannot be decoded."""
+        self._pipeline = self._pipeline or self._build()
+        try:
+            self._pipeline.feed_input("encoded", [np.frombuffer(encoded, np.uint8)])
+            (images,) = self._pipeline.run()
+            return np.array(images.at(0))
+        except RuntimeError:
+            self._pipeline = None  # after an error it is of no more use
+            raise SampleError("truncated, damaged, or no image") from None
+
+    @staticmethod
+    def _build() -> Any:
+        import nvidia.dali.types
+        from nvidia.dali import fn, pipeline
+
+        types: Any = nvidia.dali.types  # its members are made at import, unseen by type checkers
+        made = pipeline.Pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
+        with made:
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, batch=True)
+            made.set_outputs(fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False))
+        made.build()
+        return made
 
 
 def main(arguments: list[str]) -> int:
@@ -112,7 +163,8 @@ def _main(paths: list[str], overrides: list[str]) -> int:
         return 1
     splits = open_dataset(path).splits.values()
     shards = sum(len(split.shards) for split in splits)
-    print(f"{path}: {sum(map(len, splits))} samples in {shards} shards, all in order")
+    untried = "" if _has_dali() else "; DALI is not installed, and was not tried"
+    print(f"{path}: {sum(map(len, splits))} samples in {shards} shards, all in order{untried}")
     return 0
 
 

@@ -1,5 +1,6 @@
-"""What tests share: a small data set, and one launch of each real Horovod job."""
+"""What tests share: a small data set, and real jobs of every engine that is installed."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -16,23 +17,59 @@ SHARED = ROOT.parent / "shared" / "data"
 WORKERS = ROOT / "tests" / "workers"
 
 
-def start_horovodrun(workers: int, *command: str, cwd: Path) -> subprocess.Popen[str]:
-    """Start a command on so many workers of this machine, as a user would."""
-    launcher = Path(sys.executable).with_name("horovodrun")
-    environment = os.environ | {"PATH": f"{launcher.parent}:{os.environ['PATH']}"}
+ENGINES = [
+    engine
+    for engine in ("horovod", "torch")
+    if os.environ.get("ENGINE") in (None, "horovod", engine) and importlib.util.find_spec(engine)
+]
+"""Those installed, and with ENGINE=torch torch alone. The first is that of tests to which they are alike."""
+needs_horovod = pytest.mark.skipif("horovod" not in ENGINES, reason="no Horovod: make test, without ENGINE=torch")
+
+
+def of_engine(engine: str) -> str:
+    """The engine, or the one that is installed."""
+    return engine if engine in ENGINES else ENGINES[0]
+
+
+def launcher(engine: str, workers: int) -> list[str]:
+    """The beginning of a command on so many workers of this machine."""
+    programs = Path(sys.executable).parent
+    if engine == "horovod":
+        return [str(programs / "horovodrun"), "-np", str(workers)]
+    return [str(programs / "torchrun"), "--standalone", "--nproc-per-node", str(workers), "--no-python"]
+
+
+def exit_code(engine: str, code: int) -> int:
+    """What the launcher ends with where a worker ends with this code."""
+    return code if engine == "horovod" else min(code, 1)
+
+
+def start(
+    workers: int, *command: str, cwd: Path, engine: str = ENGINES[0], options: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
+    """Start a command on so many workers of this machine, as a user would; ``options`` are the launcher's."""
+    first, *more = launcher(engine, workers)
+    environment = os.environ | {"PATH": f"{Path(first).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [str(launcher), "-np", str(workers), *command],
+        [first, *options, *more, *command],
         cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
 
 
-def horovodrun(workers: int, *command: str, cwd: Path, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+def launch(
+    workers: int,
+    *command: str,
+    cwd: Path,
+    engine: str = ENGINES[0],
+    options: tuple[str, ...] = (),
+    timeout: int = 240,
+) -> subprocess.CompletedProcess[str]:
     """Run it to its end; the test fails if there is none in time."""
-    with start_horovodrun(workers, *command, cwd=cwd) as process:
+    with start(workers, *command, cwd=cwd, engine=engine, options=options) as process:
         try:
             output, errors = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            process.terminate()  # horovodrun ends its workers
+            process.terminate()  # the launcher ends its workers
             output, errors = process.communicate(timeout=30)
             pytest.fail(f"no end after {timeout} s:\n{output}\n{errors}")
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, horovodrun
+from conftest import ENGINES, ROOT, launch, needs_horovod
 
 from benchmarks.hosts import hosts, missing
 from infomcr_dist.config import Config, TelemetrySettings
@@ -27,7 +27,8 @@ from infomcr_dist.world import SingleProcess
 from pipelines.options import load
 
 LINE = re.compile(r"^(?:\[\d+\]<stdout>:)?(ok  |FAIL)  (.{15}) (.*)$")
-ALONE = {"horovod", "gpus", "nccl", "tf32", "recipe", "data", "model", "run directory", "telemetry port", "host name",
+HOROVOD = {"horovod", "nccl"} if "horovod" in ENGINES else set()
+ALONE = {"torch", *HOROVOD, "gpus", "tf32", "recipe", "data", "model", "run directory", "telemetry port", "host name",
          "clock", "allreduce", "memory", "preflight"}  # fmt: skip
 
 
@@ -248,14 +249,15 @@ def test_the_step_is_the_trainers(activations: list[str], monkeypatch: pytest.Mo
     assert cost.peak_bytes > 10**8
 
 
-def test_every_worker_is_checked(small_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_worker_is_checked(small_data: Path, tmp_path: Path, engine: str) -> None:
     with taken_port(offset=1) as port:
         arguments = [f"data.path={small_data}", "data.batch_size=32", f"telemetry.port={port}"]
         command = [sys.executable, "-m", "infomcr_dist.doctor", *arguments]
-        done = horovodrun(2, "env", f"PYTHONPATH={ROOT}", *command, cwd=tmp_path)
+        done = launch(2, "env", f"PYTHONPATH={ROOT}", *command, cwd=tmp_path, engine=engine)
     results = parse(done.stdout)
     assert done.returncode == 1, done.stderr
-    assert {r.check for r in results} == ALONE
+    assert {r.check for r in results} == ALONE - ({"torch"} if engine == "horovod" else HOROVOD)
     (red,) = [r for r in results if not r.ok]
     assert red.check == "telemetry port"
     assert red.text.startswith(f"rank 1: {port + 1} on 127.0.0.1")
@@ -350,7 +352,7 @@ def test_a_name_that_does_not_resolve_fails_before_horovod_aborts(
 
     monkeypatch.setenv("HOROVOD_RANK", "3")
     monkeypatch.setattr(socket, "getaddrinfo", fails)
-    monkeypatch.setattr(command, "run_in_world", lambda _: pytest.fail("it must not connect"))
+    monkeypatch.setattr(command, "run_in_world", lambda *_, **__: pytest.fail("it must not connect"))
     assert command.main([]) == 1
     assert re.match(r"FAIL  host name +rank 3: .*does not resolve", capsys.readouterr().out)
 
@@ -370,14 +372,14 @@ def test_a_worker_that_cannot_join_or_loses_the_others_fails(
                 raise ConnectionError("reset by peer")
             return [value]
 
-    def broken(*_: object) -> int:
+    def broken(*_: object, **__: object) -> int:
         raise ImportError("undefined symbol")
 
     monkeypatch.delenv("HOROVOD_RANK", raising=False)
     monkeypatch.setattr(command, "run_in_world", broken)
     assert command.main([]) == 1
     assert re.match(r"FAIL  horovod .*cannot join .*\(ImportError: undefined symbol\)", capsys.readouterr().out)
-    monkeypatch.setattr(command, "run_in_world", lambda body: body(Alone()))
+    monkeypatch.setattr(command, "run_in_world", lambda body, **_: body(Alone()))
     monkeypatch.setattr(command, "examine", lambda *_: [])
     assert command.main([]) == 1
     assert re.match(r"FAIL  workers .*rank 0 lost the others .*\(reset by peer\)", capsys.readouterr().out)
@@ -393,7 +395,7 @@ def test_processes_of_another_launcher_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     assert command.main([]) == 2
-    assert "torchrun (WORLD_SIZE=2)" in capsys.readouterr().err
+    assert "without MASTER_ADDR and MASTER_PORT (WORLD_SIZE=2)" in capsys.readouterr().err
 
 
 def test_clocks() -> None:
@@ -415,6 +417,15 @@ def test_gpus_and_nccl() -> None:
         software.judge_nccl(False, 2, "13.0")
 
 
+def test_the_backends_of_torch() -> None:
+    assert software.judge_backends(["gloo", "NCCL"], 2).endswith("torch.distributed with gloo, NCCL")
+    assert software.judge_backends(["gloo"], 0).endswith("torch.distributed with gloo")
+    for available, gpus, missing_ones in ((["gloo"], 1, "NCCL"), ([], 1, "gloo, NCCL"), (["NCCL"], 0, "gloo")):
+        with pytest.raises(ValueError, match=f"built without {missing_ones}: install another build"):
+            software.judge_backends(available, gpus)
+
+
+@needs_horovod
 def test_horovod_of_another_torch_and_none_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"built for torch .*, installed is 9\.9\.9"):
         software.horovod_build("9.9.9")
@@ -446,6 +457,7 @@ def test_equal_results_are_one_line_and_others_have_their_ranks() -> None:
     assert show(other, coloured=False) == "FAIL  a               y"
 
 
+@needs_horovod
 def test_several_hosts_and_one_whose_name_leads_to_itself(small_data: Path, tmp_path: Path) -> None:
     reason = missing()
     if reason is not None:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, WORKERS
+from conftest import ROOT, WORKERS, needs_horovod
 
 from benchmarks import hosts as network
 from infomcr_dist import checkpoint
 
+pytestmark = needs_horovod
 RECIPE = """
 model: plain_net:build_slow
 epochs: 60

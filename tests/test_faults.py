@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORKERS, horovodrun, start_horovodrun
+from conftest import ENGINES, WORKERS, exit_code, launch, of_engine, start
 
 from infomcr_dist import checkpoint
 
@@ -39,14 +39,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
     return root
 
 
-def run(folder: Path, workers: int, fault: str, moment: str, rank: int, *settings: str) -> tuple[int, str]:
+def run(
+    folder: Path, workers: int, fault: str, moment: str, rank: int, *settings: str, engine: str = ENGINES[0]
+) -> tuple[int, str]:
     """Train with a fault in one worker; returns the exit code and all output."""
     command = [sys.executable, str(WORKERS / "faulty.py"), fault, moment, str(rank), "recipe.yaml", *settings]
     if workers == 1:
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
     else:
         # Horovod fuses what is ready into one allreduce; three addends or more may then add up in another order.
-        result = horovodrun(workers, "env", "HOROVOD_FUSION_THRESHOLD=0", *command, cwd=folder)
+        result = launch(workers, "env", "HOROVOD_FUSION_THRESHOLD=0", *command, cwd=folder, engine=engine)
     return result.returncode, result.stdout + result.stderr
 
 
@@ -71,12 +73,13 @@ def history(run: Path) -> list[tuple[Any, ...]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(folder: Path) -> Any:
-    """The run without a fault, by number of workers."""
+    """The run without a fault, by number of workers and engine; up to two workers, either engine's is the other's."""
 
-    def of(workers: int) -> Path:
-        path = folder / f"undisturbed-{workers}"
+    def of(workers: int, engine: str = ENGINES[0]) -> Path:
+        engine = engine if workers > 2 else ENGINES[0]
+        path = folder / f"undisturbed-{workers}-{engine}"
         if not path.exists():
-            code, output = run(folder, workers, "none", "", 0, f"run_dir={path}")
+            code, output = run(folder, workers, "none", "", 0, f"run_dir={path}", engine=engine)
             assert code == 0, output
         return path
 
@@ -84,46 +87,64 @@ def undisturbed(folder: Path) -> Any:
 
 
 MOMENTS = ("plain step", "regularized step", "last step of an epoch", "evaluation", "save")
-SIGNALS = [(1, fault, moment, 0) for fault in ("SIGTERM", "SIGKILL") for moment in MOMENTS]
-SIGNALS += [(1, "SIGINT", "regularized step", 0)]
-SIGNALS += [(2, "SIGTERM", moment, 1) for moment in MOMENTS[:4]] + [(2, "SIGTERM", "save", 0)]
-SIGNALS += [(2, "SIGKILL", moment, 1) for moment in MOMENTS[:4]] + [(2, "SIGKILL", "save", 0)]
-SIGNALS += [(2, "SIGSTOP", moment, 1) for moment in ("regularized step", "evaluation")]
-SIGNALS += [(3, fault, "regularized step", 2) for fault in ("SIGTERM", "SIGKILL", "SIGSTOP")]
+SIGNALS = [("horovod", 1, fault, moment, 0) for fault in ("SIGTERM", "SIGKILL") for moment in MOMENTS]
+SIGNALS += [("horovod", 1, "SIGINT", "regularized step", 0)]
+# The engines take turns: each meets every kind of fault, and every moment.
+SIGNALS += [(("horovod", "torch")[i % 2], 2, "SIGTERM", moment, i < 4) for i, moment in enumerate(MOMENTS)]
+SIGNALS += [(("torch", "horovod")[i % 2], 2, "SIGKILL", moment, i < 4) for i, moment in enumerate(MOMENTS)]
+SIGNALS += [("torch", 2, "SIGSTOP", "regularized step", 1), ("horovod", 2, "SIGSTOP", "evaluation", 1)]
+SIGNALS += [("horovod", 3, fault, "regularized step", 2) for fault in ("SIGTERM", "SIGSTOP")]
+SIGNALS += [("torch", 3, fault, "regularized step", 2) for fault in ("SIGKILL",)]
 
 
-@pytest.mark.parametrize(("workers", "fault", "moment", "rank"), SIGNALS)
+@pytest.mark.parametrize(("engine", "workers", "fault", "moment", "rank"), SIGNALS)
 def test_a_signal_at_any_moment(
-    folder: Path, undisturbed: Any, workers: int, fault: str, moment: str, rank: int
+    folder: Path, undisturbed: Any, engine: str, workers: int, fault: str, moment: str, rank: int
 ) -> None:
-    """The run ends as it should, leaves a whole checkpoint, and resumes to the very bits of an undisturbed one."""
-    path = folder / f"{workers}-{fault}-{moment.replace(' ', '-')}"
+    """The run ends as it should, leaves a whole checkpoint, and resumes to the very bits of an undisturbed one.
+
+    Two workers resume on the other engine.
+    """
+    engine = of_engine(engine)
+    path = folder / f"{engine}-{workers}-{fault}-{moment.replace(' ', '-')}"
     settings = (f"run_dir={path}", "resume=auto")
-    code, output = run(folder, workers, fault, moment, rank, *settings, "hang_timeout_seconds=6")
+    code, output = run(folder, workers, fault, moment, int(rank), *settings, "hang_timeout_seconds=6", engine=engine)
     assert ">:Traceback" not in output, output
     if fault in ("SIGTERM", "SIGINT"):
         saved = re.search(r"stopped: saved after step (\d+); resume with run_dir=\S+ resume=auto", output)
         assert saved, output
         assert checkpoint.load_newest(path, pytest.fail)[1]["step"] == int(saved[1])
-        assert code == 75
+        assert code == exit_code(engine if workers > 1 else "horovod", 75)
     elif workers > 1:
         assert "another worker is gone, or waits" in output
         if fault == "SIGSTOP":
             assert f"error: rank {rank} has hung for 6 s: killed" in output
-    code, output = run(folder, workers, "none", "", 0, *settings)
+    other = ENGINES[-1] if engine == ENGINES[0] else ENGINES[0]
+    code, output = run(folder, workers, "none", "", 0, *settings, engine=other if workers == 2 else engine)
     assert code == 0, output
-    whole, resumed = final(undisturbed(workers)), final(path)
+    whole, resumed = final(undisturbed(workers, engine)), final(path)
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name]), name
-    assert history(path) == history(undisturbed(workers)), "each step and event once"
+    assert history(path) == history(undisturbed(workers, engine)), "each step and event once"
     assert not [p for p in (path / "checkpoints").iterdir() if p.name.startswith(".")], "nothing half-written stays"
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_a_gradient_that_is_not_finite_is_skipped_everywhere(folder: Path, workers: int) -> None:
+def test_workers_that_torchrun_restarts_lose_no_step(folder: Path, undisturbed: Any) -> None:
+    """Two faults, each in the workers' first life; the launcher starts all of them again, and the run ends."""
+    path = folder / "restarted"
+    command = [sys.executable, str(WORKERS / "faulty.py"), "SIGKILL", "regularized step", "1", "recipe.yaml"]
+    result = launch(2, *command, f"run_dir={path}", "resume=auto", cwd=folder, engine="torch",
+                    options=("--max-restarts", "1"))  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert all(torch.equal(tensor, final(path)[name]) for name, tensor in final(undisturbed(2)).items())
+    assert history(path) == history(undisturbed(2)), "each step and event once"
+
+
+@pytest.mark.parametrize(("engine", "workers"), [("horovod", 1), ("torch", 2), ("horovod", 3)])
+def test_a_gradient_that_is_not_finite_is_skipped_everywhere(folder: Path, engine: str, workers: int) -> None:
     path = folder / f"not-finite-{workers}"
-    rank = workers - 1
-    code, output = run(folder, workers, "not_finite", "start", rank, f"run_dir={path}", "max_nonfinite_steps=2")
+    settings = (f"run_dir={path}", "max_nonfinite_steps=2")
+    code, output = run(folder, workers, "not_finite", "start", workers - 1, *settings, engine=of_engine(engine))
     assert code == 0, output
     assert re.search(r"step 11 was skipped: not finite: gradient of \S*weight", output)
     records = [json.loads(line) for line in (path / "records.jsonl").read_text().splitlines()]
@@ -132,19 +153,22 @@ def test_a_gradient_that_is_not_finite_is_skipped_everywhere(folder: Path, worke
     assert all(torch.isfinite(t).all() for t in final(path).values())
 
 
-def test_weights_that_diverge_end_the_run_and_report_the_rank(folder: Path) -> None:
-    path = folder / "diverged"
+@pytest.mark.parametrize("engine", ENGINES)
+def test_weights_that_diverge_end_the_run_and_report_the_rank(folder: Path, engine: str) -> None:
+    path = folder / f"diverged-{engine}"
     settings = (f"run_dir={path}", "compare_weights_steps=4", "checkpoint.every_steps=null")
-    code, output = run(folder, 3, "flipped_bit", "start", 2, *settings)
+    code, output = run(folder, 3, "flipped_bit", "start", 2, *settings, engine=engine)
     assert code == 1
     assert output.count("error: rank 2 and the rest have different weights after step 4") == 1, output
 
 
-def test_a_worker_with_one_batch_fewer_is_reported_and_ends_the_run(folder: Path) -> None:
-    path = folder / "fewer"
-    code, output = run(folder, 2, "one_batch_fewer", "start", 1, f"run_dir={path}", "hang_timeout_seconds=10")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_worker_with_one_batch_fewer_is_reported_and_ends_the_run(folder: Path, engine: str) -> None:
+    settings = (f"run_dir={folder / f'fewer-{engine}'}", "hang_timeout_seconds=10")
+    code, output = run(folder, 2, "one_batch_fewer", "start", 1, *settings, engine=engine)
     assert code != 0
-    assert re.search(r"Missing ranks:\n\[0\]<stderr>:[01]!?: \[\w*allreduce", output), output
+    if engine == "horovod":
+        assert re.search(r"Missing ranks:\n\[0\]<stderr>:[01]!?: \[\w*allreduce", output), output
     assert re.search(r"error: rank 0: another worker is gone, or waits .* in step 5: resume", output)
     assert re.search(r"error: rank 1: another worker is gone, or waits .* in the end of epoch 1: resume", output)
 
@@ -244,22 +268,24 @@ def wait_until(condition: Callable[[], Any], seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
-def test_a_killed_launcher_takes_its_workers_along_and_loses_no_step(folder: Path) -> None:
-    path = folder / "killed-launcher"
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_killed_launcher_takes_its_workers_along_and_loses_no_step(folder: Path, engine: str) -> None:
+    path = folder / f"killed-launcher-{engine}"
     command = [sys.executable, str(WORKERS / "faulty.py"), "none", "", "0", "recipe.yaml", f"run_dir={path}"]
-    with start_horovodrun(2, *command, "epochs=400", cwd=folder) as job:
+    with start(2, *command, "epochs=400", cwd=folder, engine=engine) as job:
         wait_until(lambda: steps_of(path) > 3)
         job.kill()
     wait_until(lambda: not workers_of(path))
     assert checkpoint.load_newest(path, pytest.fail)[1]["step"] == steps_of(path)
 
 
-def test_a_worker_that_waits_for_one_that_hangs_ends_within_the_deadline(folder: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_worker_that_waits_for_one_that_hangs_ends_within_the_deadline(folder: Path, engine: str) -> None:
     """Asked to stop while another hangs, for longer than shutdown_timeout_seconds: it exits unsaved and reports it."""
-    path = folder / "deadline"
+    path = folder / f"deadline-{engine}"
     command = [sys.executable, str(WORKERS / "faulty.py"), "none", "", "0", "recipe.yaml", f"run_dir={path}"]
     settings = ["epochs=400", "shutdown_timeout_seconds=2", "hang_timeout_seconds=60", "checkpoint.every_steps=null"]
-    with start_horovodrun(2, *command, *settings, cwd=folder) as job:
+    with start(2, *command, *settings, cwd=folder, engine=engine) as job:
         wait_until(lambda: steps_of(path) > 3)
         one, other = workers_of(path)
         os.kill(one, signal.SIGSTOP)

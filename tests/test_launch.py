@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, needs_horovod
 
 from benchmarks import hosts as network
 
@@ -157,6 +157,7 @@ def stop(job: subprocess.Popen[str]) -> None:
     job.terminate()
 
 
+@needs_horovod
 def test_horovodrun_ends_with_the_code_of_the_first_worker_that_failed(tmp_path: Path) -> None:
     """Static and elastic jobs, side by side; a call of ``horovod.run`` raises as before."""
     launcher = Path(sys.executable).with_name("horovodrun")
@@ -190,6 +191,7 @@ def test_horovodrun_ends_with_the_code_of_the_first_worker_that_failed(tmp_path:
     assert "one or more processes exited with non-zero status" in output["api"][0]
 
 
+@needs_horovod
 @pytest.mark.skipif(network.missing() is not None, reason=str(network.missing()))
 def test_a_stopped_job_on_two_hosts_ends_with_what_the_ranks_beside_the_launcher_report(tmp_path: Path) -> None:
     """Its ssh to the other host ends with 255, whatever the rank there does."""

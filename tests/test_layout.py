@@ -83,9 +83,15 @@ def test_nothing_imports_a_command() -> None:
             assert words[0] != "infomcr_dist" or len(words) < 2 or words[1] not in COMMANDS, f"{path} imports {name}"
 
 
-@pytest.mark.parametrize(("library", "module"), [("horovod", "infomcr_dist/engines/horovod.py")])
+@pytest.mark.parametrize(
+    ("library", "module"),
+    [
+        ("horovod", "infomcr_dist/engines/horovod.py"),
+        ("torch.distributed", "infomcr_dist/engines/torch_distributed.py"),
+    ],
+)
 def test_an_engine_s_library_is_imported_in_one_file(library: str, module: str) -> None:
-    users = [path for path in FILES if any(name.split(".")[0] == library for name in imported(path))]
+    users = [path for path in FILES if any(f"{name}.".startswith(f"{library}.") for name in imported(path))]
     assert users == [ROOT / module]
 
 

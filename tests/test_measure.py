@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import horovodrun
+from conftest import launch
 from torch.nn import functional as F
 
 from infomcr_dist import checkpoint, models
@@ -21,7 +21,7 @@ from infomcr_dist.train import main as train
 from infomcr_dist.world import SingleProcess
 from pipelines import LoaderConfig, LocalBatch, evaluation_batches, open_dataset, open_loader
 from pipelines.options import load
-from pipelines.random_streams import Stream, generator
+from pipelines.random_streams import Stream, generator, permutation
 
 TRIALS, SAMPLES = 5, 12
 SETTINGS = [f"trials={TRIALS}", f"samples={SAMPLES}", "images=60"]
@@ -71,7 +71,7 @@ def test_gamma_is_its_definition(measured: dict[str, Any], runs: Path, small_dat
     batches = [batch[1:] for batch in loader.batches(evaluation_batches(260, 64, 0, 1))]
     loader.close()
     images, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
-    pool = generator(Stream.METRIC_POOL, 0).permutation(260)[:60]
+    pool = permutation(Stream.METRIC_POOL, 260, 0)[:60]
     values = []
     for trial in range(TRIALS):
         chosen = pool[generator(Stream.METRIC_TRIAL, 0, trial).choice(60, SAMPLES, replace=False)]
@@ -90,9 +90,7 @@ def test_gamma_is_its_definition(measured: dict[str, Any], runs: Path, small_dat
 
 
 def test_the_numbers_do_not_depend_on_the_workers(measured: dict[str, Any], runs: Path) -> None:
-    result = horovodrun(
-        2, sys.executable, "-m", "infomcr_dist.measure", "short", "long", *SETTINGS, "output=two", cwd=runs
-    )
+    result = launch(2, sys.executable, "-m", "infomcr_dist.measure", "short", "long", *SETTINGS, "output=two", cwd=runs)
     assert result.returncode == 0, result.stdout + result.stderr
     assert len(re.findall(r"written: two\.json", result.stdout)) == 1
     two = json.loads((runs / "two.json").read_text())

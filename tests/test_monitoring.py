@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 
 import pytest
 import yaml
-from conftest import ROOT, WORKERS, start_horovodrun
+from conftest import ROOT, WORKERS, start
 from grafana_foundation_sdk.cog import plugins
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import dashboard, timeseries
@@ -272,7 +272,8 @@ class Watched:
             except OSError:
                 continue
             ours = str(self.run).encode() in command and command.startswith(sys.executable.encode())
-            if ours and b"horovodrun" not in command and f"HOROVOD_RANK={rank}".encode() in environment:
+            rank_is_given = any(f"{name}={rank}".encode() in environment for name in ("HOROVOD_RANK", "RANK"))
+            if ours and rank_is_given and b"run\0" not in command:
                 return int(process)
         raise AssertionError(f"no rank {rank}")
 
@@ -309,7 +310,7 @@ def watched(
             stack.enter_context(server([*command, f"--web.listen-address=127.0.0.1:{port}"], port, folder))
         environment = ["env", f"PYTHONPATH={WORKERS}:{ROOT}", f"SLOW={folder / 'slow'}"]
         run = [sys.executable, "-m", "infomcr_dist.train", "recipe.yaml", f"run_dir={folder / 'run'}"]
-        job = stack.enter_context(start_horovodrun(2, *environment, *run, f"telemetry.port={training}", cwd=folder))
+        job = stack.enter_context(start(2, *environment, *run, f"telemetry.port={training}", cwd=folder))
         try:
             yield Watched(f"http://127.0.0.1:{prometheus}", folder / "run", job)
         finally:

@@ -86,7 +86,8 @@ def test_index_files_point_at_the_members(tmp_path: Path) -> None:
         listed = [
             (line[at + 3], int(line[at + 1]), int(line[at + 2])) for line in fields for at in range(0, len(line), 4)
         ]
-        assert listed == [(member.name, member.offset, member.size) for member in members(path)]
+        with path.open("rb") as file:
+            assert listed == [(member.name, member.offset, member.size) for member in members(file, str(path))]
 
 
 def test_a_shard_is_the_tar_that_tarfile_writes(tmp_path: Path) -> None:
@@ -138,6 +139,8 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         ((tmp_path / "nothing", tmp_path / "data"), "no such source"),
         ((tmp_path / "empty", tmp_path / "data"), "holds no images in class folders"),
         ((tmp_path / "text.tar", tmp_path / "data"), "is not a readable tar"),
+        ((source, "new=1"), "a new path with = in its name is given as ./PATH"),
+        ((tmp_path / "{0..3}.tar", tmp_path / "data"), "braces and * are not expanded"),
         ((source, tmp_path / "data", "sizes=3"), "unknown setting sizes: the nearest known one is size"),
         ((source, tmp_path / "data", "size=large"), "size"),
         ((source, tmp_path / "data", "quality=0"), "quality must be in 1..100, got 0"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from conftest import ENGINES, needs_horovod
 
 from infomcr_dist import checkpoint
 from infomcr_dist.records import FILE, StepRecord, read_records
@@ -35,6 +36,20 @@ echo "$@" >>requests
 """
 
 
+SRUN = """#!/bin/bash
+# Both nodes are this machine; a signal goes to all tasks.
+while [[ $1 == --* ]]; do shift; done
+trap 'kill -TERM "${tasks[@]}"' TERM
+for node in 1 2; do "$@" & tasks+=($!); done
+code=0
+for task in "${tasks[@]}"; do
+    while kill -0 "$task" 2>/dev/null; do wait "$task"; ended=$?; done
+    ((ended == 0)) || code=$ended
+done
+exit "$code"
+"""
+
+
 @pytest.fixture
 def project(tmp_path: Path, small_data: Path) -> Path:
     """The directory that sbatch is run in."""
@@ -43,15 +58,18 @@ def project(tmp_path: Path, small_data: Path) -> Path:
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm" / "scontrol").write_text(SCONTROL)
     (tmp_path / "slurm" / "scontrol").chmod(0o755)
+    (tmp_path / "slurm" / "srun").write_text(SRUN)
+    (tmp_path / "slurm" / "srun").chmod(0o755)
     (tmp_path / "requests").touch()
     return tmp_path
 
 
-def submit(project: Path, *settings: str) -> subprocess.Popen[str]:
+def submit(project: Path, *settings: str, engine: str = "horovod") -> subprocess.Popen[str]:
     """Run the script as the node would that Slurm starts it on."""
     variables = {
         "PATH": f"{project / 'slurm'}:{os.environ['PATH']}",
         "PYTHONPATH": str(SCRIPT.parent.parent),
+        "ENGINE": engine,
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_NTASKS": "2",
@@ -75,16 +93,27 @@ def requested(project: Path) -> list[str]:
     return lines
 
 
-def test_a_job_that_was_saved_and_not_cancelled_is_queued_again(project: Path) -> None:
-    # A node is shut down, then the time limit is near, then one worker is asked to stop, then it finishes.
-    for number, target, code, requests in (
+# A node is shut down, then the time limit is near, then one worker is asked to stop, then it finishes.
+LIVES = {
+    "horovod": [
         (signal.SIGTERM, "job", 75, []),
         (signal.SIGUSR1, "job", 0, ["requeue 7"]),
         (signal.SIGTERM, "worker", 0, ["requeue 7"]),
         (None, "", 0, []),
-    ):
+    ],
+    "torch": [
+        (signal.SIGTERM, "job", 1, []),
+        (signal.SIGUSR1, "job", 0, ["requeue 7"]),
+        (None, "", 0, []),
+    ],
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_job_that_was_saved_and_not_cancelled_is_queued_again(project: Path, engine: str) -> None:
+    for number, target, code, requests in LIVES[engine]:
         done = len(steps(project))
-        with submit(project, "pid_dir=pids") as job:
+        with submit(project, "pid_dir=pids", engine=engine) as job:
             if number is not None:
                 while job.poll() is None and len(steps(project)) < done + 4:
                     time.sleep(0.05)
@@ -96,6 +125,7 @@ def test_a_job_that_was_saved_and_not_cancelled_is_queued_again(project: Path) -
     assert steps(project) == list(range(1, 24 * STEPS + 1))
 
 
+@needs_horovod
 def test_a_wrong_setting_fails_the_job(project: Path) -> None:
     with submit(project, "optimizer.momentum=2") as job:
         output, _ = job.communicate(timeout=120)

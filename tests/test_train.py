@@ -1,4 +1,4 @@
-"""Whole jobs: `horovodrun -np 2 python -m infomcr_dist.train`, watched, resumed, compared, and given bad input."""
+"""Whole jobs: `python -m infomcr_dist.train` on two workers, watched, resumed, compared, and given bad input."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import WORKERS, horovodrun, start_horovodrun
+from conftest import ENGINES, WORKERS, exit_code, launch, of_engine, start
 from torch import nn
 
 from infomcr_dist import checkpoint
@@ -106,7 +106,7 @@ def job(folder: Path) -> dict[str, Any]:
     scraper = Scraper([port, port + 1])
     scraper.start()
     command = [sys.executable, "-m", "infomcr_dist.train", "recipe.yaml", "run_dir=first", f"telemetry.port={port}"]
-    result = horovodrun(2, *command, cwd=folder)
+    result = launch(2, *command, cwd=folder)
     scraper.done.set()
     scraper.join()
     assert result.returncode == 0, result.stdout + result.stderr
@@ -187,11 +187,12 @@ def test_promtool_finds_nothing_to_say(job: dict[str, Any], promtool: Path) -> N
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(job: dict[str, Any], folder: Path) -> None:
+    """Also one that was begun on another engine."""
     shutil.copytree(job["run"], folder / "second")
     for late in checkpoint.newest_first(folder / "second" / "checkpoints")[:2]:
         late.unlink()
     command = [sys.executable, "-m", "infomcr_dist.train", "recipe.yaml", "run_dir=second", "resume=auto"]
-    result = horovodrun(2, *command, "telemetry.port=null", cwd=folder)
+    result = launch(2, *command, "telemetry.port=null", cwd=folder, engine=ENGINES[-1])
     assert result.returncode == 0, result.stdout + result.stderr
     whole, resumed = weights(job["run"]), weights(folder / "second")
     assert whole.keys() == resumed.keys()
@@ -200,9 +201,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(job: dict[str, Any], 
     assert history(folder / "first") == history(folder / "second"), "each step and event stands once in the records"
 
 
-def test_a_run_whose_launcher_is_stopped_resumes_bitwise(folder: Path) -> None:
-    """SIGTERM to horovodrun at some step; then the same number of workers, and the weights of a run never stopped."""
-    whole, run = folder / "whole", folder / "stopped"
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_whose_launcher_is_stopped_resumes_bitwise(folder: Path, engine: str) -> None:
+    """SIGTERM to the launcher at some step; then the same number of workers, and the weights of a run never stopped."""
+    whole, run = folder / "whole", folder / f"stopped-{engine}"
     settings = [
         "telemetry.port=null",
         "epochs=30",
@@ -211,19 +213,20 @@ def test_a_run_whose_launcher_is_stopped_resumes_bitwise(folder: Path) -> None:
         "evaluation.every_epochs=0",
     ]
     command = [sys.executable, "-m", "infomcr_dist.train", "recipe.yaml", *settings]
-    assert horovodrun(2, *command, f"run_dir={whole}", cwd=folder).returncode == 0
-    job = start_horovodrun(2, *command, f"run_dir={run}", "resume=auto", cwd=folder)
+    if not whole.exists():
+        assert launch(2, *command, f"run_dir={whole}", cwd=folder).returncode == 0
+    job = start(2, *command, f"run_dir={run}", "resume=auto", cwd=folder, engine=engine)
     while not list(run.glob("checkpoints/step-*[05]-*.pt")) and job.poll() is None:
         time.sleep(0.02)
     job.terminate()
     output, errors = job.communicate(timeout=60)
-    assert job.returncode == 75, output + errors
+    assert job.returncode == exit_code(engine, 75), output + errors
     saved = re.search(r"stopped: saved after step (\d+)", output + errors)
     assert saved, output + errors
     step = int(saved[1])
     assert checkpoint.load_newest(run, pytest.fail)[1]["step"] == step
     assert step < 30 * STEPS
-    result = horovodrun(2, *command, f"run_dir={run}", "resume=auto", cwd=folder)
+    result = launch(2, *command, f"run_dir={run}", "resume=auto", cwd=folder, engine=engine)
     assert result.returncode == 0, result.stdout + result.stderr
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(run)[name]), name
@@ -245,7 +248,8 @@ def test_one_two_and_three_workers_take_the_same_steps(folder: Path) -> None:
                 command, cwd=folder, env=os.environ | path, capture_output=True, text=True, check=False
             )
         else:
-            result = horovodrun(workers, "env", f"PYTHONPATH={WORKERS}", *command, cwd=folder)
+            engine = of_engine("torch" if workers == 2 else "horovod")
+            result = launch(workers, "env", f"PYTHONPATH={WORKERS}", *command, cwd=folder, engine=engine)
         assert result.returncode == 0, result.stdout + result.stderr
         epochs = [r["training_loss"] for r in records(run, "epoch")]
         tests = [(r["loss"], r["top1_error_ratio"]) for r in records(run, "evaluation")]
@@ -260,10 +264,10 @@ def test_one_two_and_three_workers_take_the_same_steps(folder: Path) -> None:
 def test_an_overhead_budget_in_mixed_precision(folder: Path) -> None:
     """Workers draw the same counts and end together; what is exported is what was measured."""
     run = folder / "budget"
-    result = horovodrun(
+    result = launch(
         2, sys.executable, "-m", "infomcr_dist.train", "recipe.yaml", f"run_dir={run}", "telemetry.port=null",
         "epochs=8", "schedule.milestones=[1]", "regularizer.estimator=sampled",
-        "regularizer.overhead_budget=1.5", "precision=bf16", "metric.trials=0", cwd=folder,
+        "regularizer.overhead_budget=1.5", "precision=bf16", "metric.trials=0", cwd=folder, engine="torch",
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     steps = records(run, "step")
@@ -487,7 +491,7 @@ def test_the_confusion_set_is_beside_the_training_images_with_random_labels(smal
 
 
 def test_a_mistake_on_two_workers_is_reported_once(folder: Path) -> None:
-    result = horovodrun(2, sys.executable, "-m", "infomcr_dist.train", "recipe.yaml", "epoch=3", cwd=folder)
+    result = launch(2, sys.executable, "-m", "infomcr_dist.train", "recipe.yaml", "epoch=3", cwd=folder)
     output = result.stdout + result.stderr
     assert result.returncode == 2
     assert output.count("error: unknown setting epoch: the nearest known one is epochs") == 1

@@ -2,8 +2,9 @@
 
     infomcr doctor [RECIPE] [key=value …]
     horovodrun -np 8 infomcr doctor [RECIPE] [key=value …]
+    torchrun --nproc-per-node 8 --no-python infomcr doctor [RECIPE] [key=value …]
 
-Takes the arguments of train. Prints one line per check: ok, or FAIL and the remedy. Under horovodrun every worker is
+Takes the arguments of train. Prints one line per check: ok, or FAIL and the remedy. Of several workers every one is
 checked, and rank 0 prints. Nothing is left behind.
 
 Exit code 0: all checks are ok; 1: one failed; 2: a mistake in the arguments or the recipe.
@@ -63,7 +64,7 @@ def main(arguments: list[str]) -> int:
         return 1 if failed else 0
 
     try:
-        return run_in_world(body)
+        return run_in_world(body, engine=config.engine)
     except _WorkerLost as error:
         _print(Result("workers", False, f"{error}: the first rank that ended reports why"))
     except Exception as error:

@@ -190,7 +190,7 @@ def step_cost(trial: Trial, local_rank: int, threads: int, room: int) -> StepCos
     config, size = trial.config, trial.image_size
     torch.manual_seed(config.seed)
     model = models.build(config.model, classes=trial.classes, image_size=size).to(world.device).train()
-    optimizer = world.distribute(build_optimizer(config.optimizer, model), model)
+    model, optimizer = world.distribute(model, build_optimizer(config.optimizer, model))
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     images = torch.randn(trial.images, 3, size, size, device=world.device)

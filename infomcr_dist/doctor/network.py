@@ -17,6 +17,7 @@ from torch import nn
 
 from infomcr_dist.config import TelemetrySettings
 from infomcr_dist.doctor.results import Result, attempt
+from infomcr_dist.engines import launched_rank
 from infomcr_dist.world import World
 
 CLOCK_SECONDS = 1.0
@@ -45,19 +46,23 @@ def check_network(results: list[Result], settings: TelemetrySettings, world: Wor
 
 
 def check_host_name() -> Result | None:
-    """What is wrong with this host's name, before Horovod starts: gloo aborts where it cannot bind to its address.
+    """What is wrong with this host's name, before the workers meet: gloo binds to the address it leads to.
 
-    A name that leads to this host alone is only a hint on stderr: all workers may be on this machine.
+    Horovod's gloo aborts where it cannot; torch's takes the loopback address, which serves on one host. A name that
+    leads to this host alone is only a hint on stderr: the launcher may give another interface.
     """
-    if "HOROVOD_RANK" not in os.environ:
+    horovod = "HOROVOD_RANK" in os.environ
+    if not horovod and not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
         return None
-    rank, made = f"rank {os.environ['HOROVOD_RANK']}: ", list[Result]()
+    local, whole = ("HOROVOD_LOCAL_SIZE", "HOROVOD_SIZE") if horovod else ("LOCAL_WORLD_SIZE", "WORLD_SIZE")
+    several_hosts = os.environ.get(local) != os.environ.get(whole)
+    rank, made = f"rank {launched_rank(os.environ)}: ", list[Result]()
     own = attempt(made, "host name", listen)
     if own is None:
-        return Result("host name", False, rank + made[0].text)
+        return Result("host name", False, rank + made[0].text) if horovod or several_hosts else None
     own.server.close()
-    if os.environ.get("HOROVOD_LOCAL_SIZE") != os.environ.get("HOROVOD_SIZE") and _is_loopback(own.address):
-        hint = f"{rank}{own.host} calls itself {own.address}; if Horovod hangs after this line, that is the cause"
+    if several_hosts and _is_loopback(own.address):
+        hint = f"{rank}{own.host} calls itself {own.address}; if the workers do not meet, that is the cause"
         print(hint, file=sys.stderr, flush=True)
     return None
 

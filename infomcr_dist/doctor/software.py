@@ -1,7 +1,8 @@
-"""Whether Horovod, torch and the GPUs fit each other."""
+"""Whether the engines, torch and the GPUs fit each other."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from infomcr_dist.doctor.results import Result, attempt
+from infomcr_dist.engines.torch_distributed import backends
 from infomcr_dist.world import World
 
 # Run in a process of its own: a Horovod that cannot be imported, or crashes, then fails one check.
@@ -41,13 +43,25 @@ class HorovodBuild:
 
 
 def check_software(results: list[Result], world: World) -> None:
-    """Horovod's build, the GPUs of this host, NCCL and TF32."""
-    build = attempt(results, "horovod", horovod_build, torch.__version__)
+    """The engine's build, or of a single process those installed; the GPUs of this host, NCCL and TF32."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if world.engine != "horovod":
+        attempt(results, "torch", judge_backends, backends(), len(gpus))
+    if world.engine == "horovod" or (world.engine == "none" and importlib.util.find_spec("horovod")):
+        build = attempt(results, "horovod", horovod_build, torch.__version__)
+        if build is not None:
+            attempt(results, "nccl", judge_nccl, build.nccl, len(gpus), torch.version.cuda)
     attempt(results, "gpus", judge_gpus, gpus, world.local_size, torch.version.cuda)
-    if build is not None:
-        attempt(results, "nccl", judge_nccl, build.nccl, len(gpus), torch.version.cuda)
     attempt(results, "tf32", tf32_state, bool(gpus))
+
+
+def judge_backends(available: list[str], gpus: int) -> str:
+    """ValueError where torch.distributed lacks what the workers would exchange gradients with."""
+    missing = [name for name in ("gloo", *(["NCCL"] if gpus else [])) if name not in available]
+    if missing:
+        what = f"torch {torch.__version__} was built without {', '.join(missing)}"
+        raise ValueError(f"{what}: install another build of it")
+    return f"torch {torch.__version__}, torch.distributed with {', '.join(available)}"
 
 
 def horovod_build(torch_version: str) -> HorovodBuild:
@@ -82,7 +96,7 @@ def judge_gpus(names: list[str], local_ranks: int, cuda: str | None) -> str:
 
 
 def judge_nccl(built: bool, gpus: int, cuda: str | None) -> str:
-    """ValueError where GPUs would exchange gradients without NCCL."""
+    """ValueError where Horovod's workers would exchange the gradients of GPUs without NCCL."""
     if gpus and not built:
         raise ValueError(f"not built in, but torch is built for CUDA {cuda}: install libnccl-dev, then launch/setup.sh")
     return "built in" if built else "not built in, nor needed without GPUs"

@@ -9,35 +9,83 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from typing import Literal
 
 from infomcr_dist.world import Diverged, Finished, SingleProcess, Stopped, UserError, World
 
+Engine = Literal["auto", "horovod", "torch"]
 
-def connect(hang_timeout_seconds: float | None = None) -> World:
-    """The world this process was started in: Horovod's under ``horovodrun`` or ``mpirun``, else a single process.
+
+def connect(hang_timeout_seconds: float | None = None, engine: Engine = "auto") -> World:
+    """The world this process was started in: that of an engine whose launcher set its variables, else a single process.
 
     Args:
         hang_timeout_seconds: after so long, a worker that takes no part in a collective ends the job; None: never.
+        engine: the engine whose launcher started this process; auto: by the environment.
 
     Raises:
-        UserError: another launcher started several processes, which would not know of each other.
+        UserError: the launcher is not one of these, which would start processes that do not know of each other, or not
+            that of the engine.
+        ConnectionError: the workers did not find each other.
     """
-    if "HOROVOD_RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ:
-        from infomcr_dist.engines.horovod import HorovodWorld
+    chosen = _choose(os.environ, engine)
+    if chosen == "torch":
+        from infomcr_dist.engines.torch_distributed import TorchWorld
 
-        world: World = HorovodWorld(hang_timeout_seconds)
-    else:
-        world = SingleProcess()
+        try:
+            return TorchWorld(hang_timeout_seconds)
+        except ValueError as error:
+            raise UserError(str(error), everywhere=True) from None
+    world: World = SingleProcess()
+    if chosen == "horovod":
+        try:
+            from infomcr_dist.engines.horovod import HorovodWorld
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.split(".")[0] != "horovod":
+                raise
+            remedy = "build it with make setup, or start the workers with torchrun"
+            raise UserError(f"Horovod is not installed: {remedy}", everywhere=True) from None
+        world = HorovodWorld(hang_timeout_seconds)
     if world.size == 1 and "HOROVOD_RANK" not in os.environ:
         _refuse_other_launchers(os.environ)
     return world
+
+
+def launched_rank(environment: Mapping[str, str]) -> int:
+    """The rank that a launcher has given this process, before it connects; 0 where there is none."""
+    ranks = (environment.get(name, "") for name in ("HOROVOD_RANK", *(rank for _, rank, _ in _LAUNCHERS)))
+    return next((int(rank) for rank in ranks if rank.isdecimal()), 0)
+
+
+def _choose(environment: Mapping[str, str], engine: Engine) -> Engine | None:
+    """The engine whose launcher started this process; None: a single process, or another launcher."""
+    started: list[Engine] = []
+    if "HOROVOD_RANK" in environment or "OMPI_COMM_WORLD_RANK" in environment:
+        started.append("horovod")
+    if all(name in environment for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
+        started.append("torch")
+    if engine == "auto":
+        if len(started) > 1:
+            raise UserError(
+                "the environment has the variables of Horovod (HOROVOD_RANK, OMPI_COMM_WORLD_RANK) and those of "
+                "torchrun (RANK, MASTER_ADDR): give engine=horovod or engine=torch",
+                everywhere=True,
+            )
+        return started[0] if started else None
+    if engine not in started:
+        command = "horovodrun -np 2" if engine == "horovod" else "torchrun --nproc-per-node 2 --no-python"
+        raise UserError(
+            f"engine={engine}, but its launcher did not start this process: {command} infomcr …, or engine=auto",
+            everywhere=True,
+        )
+    return engine
 
 
 _LAUNCHERS = (  # the variable with the number of processes, the one with this process's rank, what sets them
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "mpirun"),
     ("PMI_SIZE", "PMI_RANK", "mpirun"),
     ("SLURM_NTASKS", "SLURM_PROCID", "srun"),
-    ("WORLD_SIZE", "RANK", "torchrun"),
+    ("WORLD_SIZE", "RANK", "a launcher without MASTER_ADDR and MASTER_PORT"),
 )
 
 
@@ -53,24 +101,29 @@ def _refuse_other_launchers(environment: Mapping[str, str]) -> None:
         if size == "OMPI_COMM_WORLD_SIZE":
             what = "needs a Horovod built with MPI (HOROVOD_WITH_MPI=1 launch/build_horovod.sh)"
         raise UserError(
-            f"{launcher} ({size}={count}) {what}: start the workers with horovodrun -np {count}, "
-            f"or unset {size} for a single process",
+            f"{launcher} ({size}={count}) {what}: start the workers with horovodrun -np {count} or torchrun "
+            f"--nproc-per-node {count}, or unset {size} for a single process",
             everywhere=True,
         )
 
 
-def run_in_world(body: Callable[[World], int], hang_timeout_seconds: float | None = None) -> int:
+def run_in_world(
+    body: Callable[[World], int], hang_timeout_seconds: float | None = None, engine: Engine = "auto"
+) -> int:
     """Connect, run a command's body, and leave the world; what it exits for is reported in one line.
 
     Returns:
         The exit code: the body's, or that of the error.
     """
     try:
-        world = connect(hang_timeout_seconds)
+        world = connect(hang_timeout_seconds, engine)
     except UserError as error:
-        if all(os.environ.get(rank, "0") == "0" for _, rank, _ in _LAUNCHERS):
+        if launched_rank(os.environ) == 0:
             print_error(f"error: {error}")
         return 2
+    except ConnectionError as error:
+        print_error(f"error: {error}")
+        return 1
     try:
         code = body(world)
     except world.exit_errors as error:

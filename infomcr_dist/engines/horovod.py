@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from typing import Any
 
 import horovod.torch as hvd
@@ -22,6 +21,8 @@ class HorovodWorld(World):
         hang_timeout_seconds: after so long, a worker that takes no part in a collective ends it, as does a silent
             network (which is given at least a minute: a start may take it). None: never.
     """
+
+    engine = "horovod"
 
     def __init__(self, hang_timeout_seconds: float | None) -> None:
         if hang_timeout_seconds is not None:  # read when Horovod starts; what the user has set for it stands
@@ -58,13 +59,14 @@ class HorovodWorld(World):
         hvd.shutdown()
         self._begin()
 
-    def distribute(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    def distribute(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-        wrapped: torch.optim.Optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
-        return wrapped
+        return model, hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
 
-    def average_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+    def average_gradients(self, optimizer: torch.optim.Optimizer, values: Tensor) -> list[float]:
+        sums = hvd.allreduce_async(values, name="sums", op=hvd.Sum)
         optimizer.synchronize()  # type: ignore[attr-defined]
+        return hvd.synchronize(sums).tolist()  # type: ignore[no-any-return]
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
         with optimizer.skip_synchronize():  # type: ignore[attr-defined]
@@ -77,10 +79,6 @@ class HorovodWorld(World):
     def gather(self, value: Any) -> list[Any]:
         values: list[Any] = hvd.allgather_object(value, name="gather")
         return values
-
-    def sum_later(self, values: Tensor) -> Callable[[], list[float]]:
-        handle = hvd.allreduce_async(values, name="sums", op=hvd.Sum)
-        return lambda: hvd.synchronize(handle).tolist()
 
     def average_buffers(self, model: nn.Module) -> None:
         buffers = {name: b for name, b in model.named_buffers() if b.is_floating_point()}

@@ -149,21 +149,28 @@ def launcher(workers: int) -> list[str]:
     """The beginning of a command that runs on so many workers of this machine.
 
     Raises:
-        ValueError: horovodrun is needed and not installed.
+        ValueError: a launcher is needed and none is installed.
     """
     if workers == 1:
         return []
-    place = shutil.which("horovodrun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    if place is None:
-        raise ValueError(f"workers={workers} needs horovodrun, which is not in the PATH: make setup builds it")
-    return [place, "-np", str(workers)]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    options = {"horovodrun": ["-np"], "torchrun": ["--standalone", "--no-python", "--nproc-per-node"]}
+    for name, words in options.items():
+        place = shutil.which(name, path=path)
+        if place is not None:
+            return [place, *words, str(workers)]
+    raise ValueError(f"workers={workers} needs horovodrun or torchrun in the PATH: make setup installs both")
 
 
 def _last_error(log: Path) -> str:
-    """The last error in a log, or its last line."""
+    """The last error in a log, ours before a launcher's, or its last line."""
     lines = [line.strip() for line in re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace"))]
     lines = [line for line in lines if line] or ["it printed nothing"]
-    return next((line for line in reversed(lines) if "error:" in line.lower()), lines[-1])[:500]
+    for pattern in (r"(^|>:)error: ", r"(?i)error:", ""):
+        found = [line for line in lines if re.search(pattern, line)]
+        if found:
+            break
+    return found[-1][:500]
 
 
 @contextmanager

@@ -51,7 +51,7 @@ class StudySettings:
     parallel: int = 1
     """Runs at the same time; on a machine with GPUs each has its own, as far as there are enough."""
     workers: int = 1
-    """Workers per run, under horovodrun on this machine; 1: without horovodrun."""
+    """Workers per run on this machine, under horovodrun, or torchrun where Horovod is not installed; 1: without."""
     plan: bool = False
     """Print the runs and the state of each; run none."""
     run: int | None = None

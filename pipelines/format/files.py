@@ -1,8 +1,13 @@
 """Files on disk: whole or not at all, durable, and without secrets in messages."""
 
+import errno
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -13,6 +18,26 @@ def write_file(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
+
+
+def cache_folder() -> Path:
+    """Where this user's indexes are kept: XDG_CACHE_HOME, else ~/.cache; it may not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pipelines"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a lock, where the file system has locks: without, processes do the same work beside each other."""
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def sync(folder: Path) -> None:

@@ -1,12 +1,19 @@
 """What several backends have in common."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from .. import augment
 from ..format import Split
 from ..sampler import Ids, LocalBatch
-from .config import LoaderConfig
-from .reader import Faults, Files, Workers
+from .config import Batch, LoaderConfig
+from .reader import Faults
 
 
 class Iterations:
@@ -39,8 +46,7 @@ class IndexedLoader:
         self._augmentation = augment.augmentation(config.augmentation)
         self._labels = split.labels
         self._heights, self._widths = split.index["height"], split.index["width"]
-        self._files, self._faults = Files(split, config.threads), Faults(split, config.on_error)
-        self._workers = Workers(config.threads)
+        self._faults = Faults(split, config.on_error)
         self._iterations = Iterations()
 
     @property
@@ -60,3 +66,73 @@ def check_size(local_batch: LocalBatch, config: LoaderConfig) -> None:
         raise ValueError(
             f"batch_size must hold the largest local batch, got {config.batch_size} and {len(local_batch.samples)}"
         )
+
+
+@dataclass
+class Pending:
+    """A batch that is being written: `wait` for it, or `cancel` what has not begun.
+
+    Attributes:
+        images: as `memory.Memory` describes them.
+    """
+
+    local_batch: LocalBatch
+    images: NDArray[Any]
+    labels: NDArray[np.int64]
+    wait: Callable[[], None]
+    cancel: Callable[[], object]
+
+
+def batches_in_order(
+    local_batches: Iterator[LocalBatch],
+    config: LoaderConfig,
+    start: Callable[[LocalBatch], Pending],
+    check: Callable[[], None],
+    tables: NDArray[np.float32],
+) -> Iterator[Batch]:
+    """Each local batch with its images and labels, `config.prefetch` of them started ahead of use.
+
+    Args:
+        start: begins a batch.
+        check: raises if this iteration has ended.
+        tables: of the normalization, (3, 256).
+    """
+    pending: deque[Pending] = deque()
+    normalization = torch.from_numpy(tables).to(config.device)
+    try:
+        while True:
+            check()
+            while len(pending) < config.prefetch and (following := next(local_batches, None)) is not None:
+                check_size(following, config)
+                pending.append(start(following))
+            if not pending:
+                return
+            batch = pending.popleft()
+            try:
+                batch.wait()
+            except BaseException:
+                batch.cancel()
+                raise
+            local_batch = batch.local_batch
+            images, labels = (_to(config.device, values) for values in (batch.images, batch.labels))
+            del batch  # nothing may refer to the memory but the caller's tensors
+            yield local_batch, normalized(images, normalization) if images.dtype == torch.uint8 else images, labels
+            del images, labels
+    finally:
+        for batch in pending:
+            batch.cancel()
+
+
+def _to(device: torch.device, values: NDArray[Any]) -> torch.Tensor:
+    tensor = torch.from_numpy(values)
+    if device.type == "cuda":
+        # PyTorch does not use pinned memory again before the copies from it have ended: nobody has to wait for them.
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def normalized(pixels: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+    """float32 (B, 3, H, W) of uint8 (B, H, W, 3), by the tables (3, 256): to the last bit as on a CPU."""
+    levels = pixels.permute(0, 3, 1, 2).to(torch.int32, memory_format=torch.contiguous_format)
+    levels += torch.arange(0, 768, 256, dtype=torch.int32, device=pixels.device).view(3, 1, 1)
+    return tables.flatten().index_select(0, levels.flatten()).view(levels.shape)

@@ -23,8 +23,8 @@ class LoaderConfig:
     """How a split becomes batches. ValueError for a value that makes no sense."""
 
     backend: Backend = "dali"
-    """torch is simplejpeg and OpenCV in threads; webdataset the same on a stream of the shards, without the exact order
-    (rank and world_size are for it); synthetic is random images."""
+    """torch is simplejpeg and OpenCV in processes; webdataset the same in threads, without the exact order, on a stream
+    of the shards (rank and world_size are for it); synthetic is random images."""
     augmentation: str = "none"
     """A name in `pipelines.augment.AUGMENTATIONS`."""
     color_jitter: float = 0.0
@@ -42,9 +42,12 @@ class LoaderConfig:
     device: torch.device
     """Where the tensors are."""
     threads: int = 2
-    """For reading, and with DALI as many again for decoding."""
+    """That read and decode: threads, with dali as many of each; processes with torch."""
     prefetch: int = 3
     """Batches read ahead."""
+    cache_bytes: int = 0
+    """Largest size of the local copies of what is read from shards at URLs, below XDG_CACHE_HOME, for all processes of
+    this user; 0: none."""
     on_error: OnError = "stop"
     """Stop at a sample that cannot be read or decoded, or skip it: the next one that can be takes its place."""
     rank: int = 0
@@ -65,6 +68,7 @@ class LoaderConfig:
             ("batch_size", self.batch_size, 1),
             ("threads", self.threads, 1),
             ("prefetch", self.prefetch, 1),
+            ("cache_bytes", self.cache_bytes, 0),
             ("world_size", self.world_size, 1),
             ("seed", self.seed, 0),
         ):

@@ -26,7 +26,7 @@ from ..format import Split
 from ..sampler import Ids, LocalBatch
 from .base import IndexedLoader, check_size
 from .config import Batch, LoaderConfig
-from .reader import SampleError, Workers, chunks
+from .reader import Files, SampleError, Workers, chunks
 
 types: Any = nvidia.dali.types  # its members are made at import, unseen by type checkers
 
@@ -57,9 +57,10 @@ class DaliLoader(IndexedLoader):
 
     def __init__(self, split: Split, config: LoaderConfig) -> None:
         super().__init__(split, config)
+        self._files, self._workers = Files(split, config.threads, config.cache_bytes), Workers(config.threads)
         size = config.size
         self._boxes = bool(self._augmentation.area or self._augmentation.center)
-        self._resizes = self._boxes or bool((self._heights != size).any() or (self._widths != size).any())
+        self._resizes = self._boxes or split.sides != (size, size)
         # Feeding DALI takes a millisecond or two of Python a batch, so a thread of its own does it during the step.
         self._driver = Workers(1)
         self._pipeline: Pipeline | None = None
@@ -135,7 +136,7 @@ class DaliLoader(IndexedLoader):
         """The encoded image of `sample`, or of its substitute, and which it is."""
         while True:
             try:
-                return sample, self._files.read(sample)
+                return sample, self._files.read_plain(sample)
             except SampleError as error:
                 sample = self._faults.substitute(sample, error)
 
@@ -168,7 +169,8 @@ class DaliLoader(IndexedLoader):
         else:
             images = torch.empty((0, 3, self._config.size, self._config.size), device=self._config.device)
         self._running.popleft()
-        return run.local_batch, images, torch.from_numpy(self._labels[run.samples]).to(self._config.device)
+        labels = torch.from_numpy(self._labels[run.samples].astype(np.int64))
+        return run.local_batch, images, labels.to(self._config.device)
 
     def _outputs(self, stream: Any) -> torch.Tensor:
         assert self._pipeline is not None

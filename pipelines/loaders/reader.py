@@ -5,6 +5,7 @@ fault of a whole shard (missing, truncated, replaced, stalled) always ends the i
 """
 
 import errno
+import io
 import os
 import queue
 import threading
@@ -17,10 +18,14 @@ from itertools import pairwise
 from typing import TypeAlias, TypeVar
 
 import numpy as np
+from PIL import Image
 
 from ..format import Split
 from ..format.dataset import check_shard
 from ..format.image_header import MAX_PIXELS, sides
+from ..format.jpeg import is_plain
+from ..format.remote import Url
+from ..format.remote_shards import RemoteShards
 from ..format.tar import number
 from ..sampler import Ids
 from .config import OnError
@@ -30,7 +35,7 @@ T = TypeVar("T")
 _Tasks: TypeAlias = "queue.SimpleQueue[Callable[[], None] | None]"
 
 _HEADER_BYTES = 512
-_STALL_SECONDS = 60
+STALL_SECONDS = 60
 _OPEN_FILES = 256  # over all threads of a reader; the usual limit of a process is 1024
 
 
@@ -90,19 +95,24 @@ class Files:
     shard replaced under a running job is detected.
     """
 
-    def __init__(self, split: Split, threads: int) -> None:
+    def __init__(self, split: Split, threads: int, cache_bytes: int = 0) -> None:
+        """`cache_bytes` is the largest size of the local copies of what was read from URLs; 0: none are kept."""
         self._split = split
+        self._remote = RemoteShards(split.shards, cache_bytes)
         self._limit = max(_OPEN_FILES // threads, 1)
         self._local = threading.local()
         self._reading: dict[int, tuple[float, int]] = {}
 
     def read(self, sample: int) -> bytes:
         """The encoded image of `sample`."""
-        offset, size, shard, *_ = self._split.index[sample].item()
+        offset, size, shard, _, height, width = self._split.index[sample].item()
         thread = threading.get_ident()
         self._reading[thread] = (time.monotonic(), sample)
         try:
-            block = os.pread(self._open(shard), _HEADER_BYTES + size, offset - _HEADER_BYTES)
+            if isinstance(self._split.shards[shard].path, Url):
+                block = self._remote.read(shard, offset - _HEADER_BYTES, offset + size)
+            else:
+                block = os.pread(self._open(shard), _HEADER_BYTES + size, offset - _HEADER_BYTES)
         except OSError as error:
             kind = SampleError if error.errno == errno.EIO else ValueError
             raise kind(f"cannot read {self._split.where(sample)}: {error.strerror}") from error
@@ -118,21 +128,30 @@ class Files:
             raise SampleError(f"zero bytes: {self._split.where(sample)}")
         image = block[_HEADER_BYTES:]
         try:
-            refuse_bomb(image)
+            found = refuse_bomb(image)
+            if 0 in found:
+                raise SampleError("no size in its header: truncated, damaged, or no image")
+            if found != (height, width):
+                raise SampleError(f"it is {found[0]} x {found[1]} by its header, {height} x {width} in the index")
         except SampleError as error:
             raise SampleError(f"cannot decode {self._split.where(sample)}: {error}") from None
         return image
 
+    def read_plain(self, sample: int) -> bytes:
+        """The same in a form that every decoder decodes alike, see `plain`."""
+        encoded = self.read(sample)
+        try:
+            return plain(encoded)
+        except SampleError as error:
+            raise SampleError(f"cannot decode {self._split.where(sample)}: {error}") from None
+
     def gather(self, future: "Future[T]") -> T:
         """The result of a task that reads; ValueError when it takes longer than a minute."""
         try:
-            return future.result(timeout=_STALL_SECONDS)
+            return future.result(timeout=STALL_SECONDS)
         except TimeoutError:
             reads = list(self._reading.values())
-            place = self._split.where(min(reads)[1]) if reads else "decoding"
-            raise ValueError(
-                f"no sample came for {_STALL_SECONDS} s, waiting at {place}; is a disk or network mount stalled?"
-            ) from None
+            raise stalled(self._split.where(min(reads)[1]) if reads else "decoding") from None
 
     def _open(self, shard: int) -> int:
         files: OrderedDict[int, _File] = self._local.__dict__.setdefault("files", OrderedDict())
@@ -147,14 +166,37 @@ class Files:
         return files[shard].descriptor
 
 
-def refuse_bomb(encoded: bytes) -> None:
-    """SampleError if the image has more than MAX_PIXELS by its header, whatever decodes it afterwards.
+def stalled(place: str) -> ValueError:
+    """The error of a read that takes longer than a minute."""
+    return ValueError(f"no sample came for {STALL_SECONDS} s, waiting at {place}; is a disk or network mount stalled?")
 
-    A header without a size passes: decoders refuse it too.
+
+def refuse_bomb(encoded: bytes) -> tuple[int, int]:
+    """Height and width by the header; SampleError if that is more than MAX_PIXELS, whatever decodes it afterwards.
+
+    A header without a size, 0 x 0, passes: decoders refuse it too.
     """
     height, width = sides(encoded)
     if height * width > MAX_PIXELS:
         raise SampleError(f"{height} x {width} pixels, more than {MAX_PIXELS}")
+    return height, width
+
+
+def plain(encoded: bytes) -> bytes:
+    """The image as it is, or where decoders would decode it differently the pixels that Pillow does, as a PNG.
+
+    That is a JPEG of an uncommon kind, among them those that DALI refuses for stray bytes between their segments, and
+    CMYK without Adobe's marker, which DALI takes for inverted. SampleError if Pillow cannot decode it.
+    """
+    if encoded[:2] != b"\xff\xd8" or is_plain(encoded):
+        return encoded
+    buffer = io.BytesIO()
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            image.convert("RGB").save(buffer, "PNG", compress_level=1, icc_profile=None)
+    except Exception as error:  # a decoder fed with damaged bytes may raise nearly anything
+        raise SampleError(f"truncated, damaged, or no image ({' '.join(str(error).split())})") from None
+    return buffer.getvalue()
 
 
 class Faults:
@@ -186,9 +228,9 @@ class Faults:
         return (sample + 1) % self._samples
 
 
-def chunks(samples: Ids, threads: int) -> list[slice]:
+def chunks(samples: Ids, threads: int, per_thread: int = 4) -> list[slice]:
     """A batch in pieces, a few per thread so that the threads finish together."""
-    pieces = max(min(len(samples), 4 * threads), 1)
+    pieces = max(min(len(samples), per_thread * threads), 1)
     bounds = np.linspace(0, len(samples), pieces + 1).astype(int).tolist()
     return [slice(start, stop) for start, stop in pairwise(bounds) if start < stop]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
 
 from ..format import Split
@@ -26,7 +27,7 @@ class SyntheticLoader:
     def batches(self, local_batches: Iterable[LocalBatch]) -> Iterator[Batch]:
         """(local_batch, images, labels) of each local batch."""
         for local_batch in local_batches:
-            labels = torch.from_numpy(self._labels[local_batch.samples]).to(self._device)
+            labels = torch.from_numpy(self._labels[local_batch.samples].astype(np.int64)).to(self._device)
             yield local_batch, self._images[: len(labels)], labels
 
     def close(self) -> None:

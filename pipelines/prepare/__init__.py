@@ -1,13 +1,15 @@
 """Labelled images of any source become a data set of shards."""
 
+import errno
 import json
 import shutil
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 from ..format.dataset import MANIFEST
 from ..format.files import sync
@@ -18,6 +20,8 @@ from .options import Options
 from .sources import open_source
 
 __all__ = ["Options", "prepare"]
+
+_LOCKS = "lock", "lock.held"  # of the file system, and where it has none
 
 
 def prepare(source: str, dest: Path, options: Options) -> str:
@@ -37,13 +41,11 @@ def prepare(source: str, dest: Path, options: Options) -> str:
     done = _existing(source, dest, options)
     if done:
         return done
+    if dest.resolve().is_relative_to(Path(source).resolve()):
+        raise ValueError(f"DEST {dest} is inside of the source {source}; choose another DEST")
     work = dest.with_name(dest.name + ".partial")
     work.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(work / "lock", timeout=0).acquire()
-    except Timeout:
-        raise ValueError(f"another preparation is writing {work}; wait for it, or choose another DEST") from None
-    with lock:
+    with _lock(work):
         (work / "source").mkdir(exist_ok=True)
         try:
             opened = _hold_out(open_source(source, work / "source", options.workers), options)
@@ -53,7 +55,8 @@ def prepare(source: str, dest: Path, options: Options) -> str:
                 shutil.rmtree(work)
             raise
         shutil.rmtree(work / "source")
-        (work / "lock").unlink()
+        for name in _LOCKS:
+            (work / name).unlink(missing_ok=True)
         sync(work)
         if dest.exists():
             dest.rmdir()
@@ -62,6 +65,25 @@ def prepare(source: str, dest: Path, options: Options) -> str:
         # Last, so that an interruption before this line costs nothing.
         (dest / JOURNAL).unlink()
     return _summary(dest, manifest)
+
+
+def _lock(work: Path) -> AbstractContextManager[Any]:
+    """Keeps other preparations from the folder; ValueError if one is writing there."""
+    native, marker = (work / name for name in _LOCKS)
+    try:
+        return FileLock(native, timeout=0, fallback_to_soft=False).acquire()
+    except Timeout:
+        raise ValueError(f"another preparation is writing {work}; wait for it, or choose another DEST") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+    # The file system has no locks: a file with the process and the host, which ends with the process on the same host.
+    try:
+        return SoftFileLock(marker, timeout=0).acquire()
+    except Timeout:
+        raise ValueError(
+            f"another preparation is writing {work}; wait for it, or remove {marker} if it ended on another machine"
+        ) from None
 
 
 def _existing(source: str, dest: Path, options: Options) -> str | None:
@@ -79,8 +101,8 @@ def _existing(source: str, dest: Path, options: Options) -> str | None:
 def _summary(dest: Path, manifest: dict[str, Any]) -> str:
     splits = manifest["splits"].items()
     parts = [f"{name} {split['samples']} samples in {len(split['shards'])} shards" for name, split in splits]
-    rejected = len(manifest["rejected"])
-    skipped = f", {rejected} files skipped (see {MANIFEST})" if rejected else ""
+    count = len(manifest["rejected"]) + sum(entry["files"] for entry in manifest.get("skipped", []))
+    skipped = f", {count} files skipped (see {MANIFEST})" if count else ""
     return f"{dest}: {len(manifest['classes'])} classes, {', '.join(parts)}{skipped}"
 
 

@@ -5,7 +5,8 @@
 SOURCE is
 - a folder of class folders (optionally below train/ and test/), or a .tar, .tar.gz or .zip of the same;
 - CIFAR-10 or CIFAR-100 as published: cifar-10-binary.tar.gz, cifar-100-python.tar.gz ..., or the unpacked folder;
-- the folder of ImageNet's archives: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, ILSVRC2012_devkit_t12.tar.gz;
+- the folder of ImageNet's archives: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar, ILSVRC2012_devkit_t12.tar.gz,
+  or ImageNet as Kaggle has it; Tiny-ImageNet, unpacked or as its zip;
 - a folder of IDX files, or fashion-mnist.
 
 Images become JPEGs of 128 x 128. Raw pixels (CIFAR, IDX) keep their size and become PNGs: they lose nothing.

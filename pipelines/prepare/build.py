@@ -23,7 +23,7 @@ from .options import Options
 
 JOURNAL = "journal.jsonl"
 _SPLITS = ("train", "test")
-_ORDER_VERSION = 2  # of the order in which images are stored; a journal of another one cannot be resumed
+_ORDER_VERSION = 3  # of the order in which images are stored; a journal of another one cannot be resumed
 
 
 def write_dataset(name: str, source: Source, work: Path, options: Options) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def write_dataset(name: str, source: Source, work: Path, options: Options) -> di
             items = [item for item in source.items if item.split == split]
             if not items:
                 continue
-            items = [items[position] for position in permutation(Stream.PREPARE, len(items), options.seed, number)]
+            items = [items[position] for position in permutation(Stream.PREPARE, len(items), options.seed, number)[:]]
             (work / split).mkdir(exist_ok=True)
             done = _of(split, records)
             _remove_unrecorded(work / split, done)
@@ -81,6 +81,7 @@ def write_dataset(name: str, source: Source, work: Path, options: Options) -> di
         "options": options.relevant(),
         "size": resolved.size,
         "rejected": rejected,
+        "skipped": source.skipped,
     }
     write_file(work / MANIFEST, json.dumps(manifest, indent=1).encode())
     return manifest

@@ -61,6 +61,8 @@ def cifar(source: str, files: list[File]) -> Source | None:
             if len(names & found.keys()) > 1:
                 if missing := sorted(names - found.keys()):
                     raise ValueError(f"{source} has no {missing[0]}; unpack the published archive again, or give it")
+                if any(found[name].offset < 0 for name in names):
+                    raise ValueError(f"{source} is a zip of CIFAR; unpack it and give the folder")
                 return _read(source, found, version)
     return None
 

@@ -1,17 +1,19 @@
 """Images of a source become images as they are stored, in processes."""
 
-import signal
+import os
+import warnings
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
+from loky import ProcessPoolExecutor
 from PIL import Image
 
 from ..format.writer import StoredImage
+from ..pools import begin_worker
 from . import images
 from .archives import Item
 from .options import Options
@@ -29,8 +31,8 @@ def convert(items: list[Item], options: Options, bar: Any) -> Iterator[StoredIma
                 bar.update()
                 yield result
         return
-    # Spawned, not forked: the caller may have threads.
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    # Of loky: not forked, as the caller may have threads, nor importing its script, which may have no main guard.
+    pool = ProcessPoolExecutor(processes, initializer=begin_worker, initargs=(os.getpid(),))
     running: deque[Future[list[StoredImage | str]]] = deque()
     try:
         waiting = iter(pieces)
@@ -47,31 +49,43 @@ def convert(items: list[Item], options: Options, bar: Any) -> Iterator[StoredIma
             "a process died, perhaps because memory ran out; give the same command with fewer processes"
         ) from None
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for future in running:
+            future.cancel()
+        pool.shutdown(wait=True)
 
 
 def _convert_piece(items: list[Item], options: Options) -> list[StoredImage | str]:
     results: list[StoredImage | str] = []
     for item in items:
         try:
-            results.append(_store(item, options))
+            results.append(_store(item, item.read(), options))
         except ValueError as error:
             results.append(str(error))
     return results
 
 
-def _store(item: Item, options: Options) -> StoredImage:
-    data = item.read()
+def _store(item: Item, data: bytes, options: Options) -> StoredImage:
+    """The image as it is stored; ValueError with the reason if it cannot be."""
     if item.pixels:
         # Pixels that are published as such are few and small: a lossless PNG keeps them.
         planes = np.frombuffer(data, np.uint8).reshape(item.pixels)
         image = Image.fromarray(planes if planes.ndim == 2 else np.ascontiguousarray(planes.transpose(1, 2, 0)))
-    else:
-        image = images.open_image(data)
-        if options.size == 0 and images.storable(image):
-            return StoredImage(data, "jpg", image.height, image.width, images.moments(image))
-        image = images.plain(image)
-    if options.size:
-        image = images.square(image, options.size, options.mode, options.filter)
-    encoded, extension = (images.png(image), "png") if item.pixels else (images.jpeg(image, options.quality), "jpg")
-    return StoredImage(encoded, extension, image.height, image.width, images.moments(image))
+        image = _square(image, options)
+        return StoredImage(images.png(image), "png", image.height, image.width, images.moments(image))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow about odd metadata, which does not matter here
+            image = images.open_image(data)
+            if options.size == 0 and (kept := images.kept(data, image)):
+                encoded, image = kept
+            else:
+                image = _square(images.plain(image), options)
+                encoded = images.jpeg(image, options.quality)
+            return StoredImage(encoded, "jpg", image.height, image.width, images.moments(image))
+    except Exception as error:  # a decoder fed with damaged bytes may raise nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(reason if isinstance(error, ValueError) else f"cannot be decoded: {reason}") from None
+
+
+def _square(image: Image.Image, options: Options) -> Image.Image:
+    return images.square(image, options.size, options.mode, options.filter) if options.size else image

@@ -1,5 +1,6 @@
 """IDX files, as MNIST is published, and Fashion-MNIST from its Debian package."""
 
+import re
 import shutil
 import subprocess
 import tempfile
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .archives import Item, Source, gunzip
+from .archives import File, Item, Source, in_folder, unpack
 
 FASHION_MNIST = "fashion-mnist"
 FASHION_MNIST_CLASSES = [
@@ -22,30 +23,53 @@ FASHION_MNIST_CLASSES = [
     "Bag",
     "Ankle boot",
 ]
-_IMAGES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
-_LABELS = {"train": "train-labels-idx1-ubyte", "test": "t10k-labels-idx1-ubyte"}
+# The names of MNIST, and of those that follow it: also with a dot in place of the dash.
+_NAME = re.compile(r"(train|t10k|test)-(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?")
+_SPLITS = {"train": "train", "t10k": "test", "test": "test"}
+
+_PUBLISHED = {
+    (split, what): f"{prefix}-{what}-idx{dimensions}-ubyte"
+    for split, prefix in (("train", "train"), ("test", "t10k"))
+    for what, dimensions in (("images", 3), ("labels", 1))
+}
+
+Found = dict[tuple[str, str], File]
 
 
-def is_idx(folder: Path) -> bool:
-    """Whether a folder holds the training images of an IDX data set."""
-    return _find(folder, _IMAGES["train"]) is not None
+def idx_files(source: str, files: list[File]) -> Found:
+    """The IDX files among the files by split and "images" or "labels", empty if there are none.
+
+    ValueError for names that are nearly theirs, or for several data sets.
+    """
+    found: Found = {}
+    folders = set()
+    for file in sorted(files, key=lambda file: (file.name.count("/"), file.name.endswith(".gz"), file.name)):
+        folder, _, name = file.name.rpartition("/")
+        if match := _NAME.fullmatch(name):
+            found.setdefault((_SPLITS[match[1]], match[2][:6]), file)
+            folders.add(folder.removesuffix(name).rstrip("/"))  # some unpackers make a folder of the file's own name
+        elif re.search(r"idx[13]-ubyte", name):
+            raise ValueError(
+                f"{source} has {file.name}, whose name is not of MNIST: rename it to train-images-idx3-ubyte, "
+                "train-labels-idx1-ubyte, t10k-images-idx3-ubyte or t10k-labels-idx1-ubyte"
+            )
+    if len(folders) > 1:
+        raise ValueError(f"{source} has IDX files in several folders, {', '.join(sorted(folders))}; give one of them")
+    if any(file.offset for file in found.values()):
+        raise ValueError(f"{source} holds IDX files in an archive; unpack it and give the folder")
+    return found
 
 
-def _find(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / name, folder / f"{name}.gz") if path.exists()), None)
-
-
-def idx(folder: Path, scratch: Path, names: list[str] | None) -> Source:
-    """The images of a folder of IDX files; names: of the classes, numbers if None. ValueError for damaged files."""
+def idx(source: str, found: Found, scratch: Path, names: list[str] | None) -> Source:
+    """The images of IDX files; names: of the classes, numbers if None. ValueError for damaged files."""
     items: list[Item] = []
     for split in ("train", "test"):
-        images, labels = _find(folder, _IMAGES[split]), _find(folder, _LABELS[split])
-        if images is None and labels is None and split == "test":
+        if split == "test" and not {(split, "images"), (split, "labels")} & found.keys():
             continue
-        if images is None or labels is None:
-            raise ValueError(f"{folder} has no {_LABELS[split] if images else _IMAGES[split]}[.gz]")
-        images = gunzip(images, scratch / _IMAGES[split]) if images.suffix == ".gz" else images
-        labels = gunzip(labels, scratch / _LABELS[split]) if labels.suffix == ".gz" else labels
+        for what in ("images", "labels"):
+            if (split, what) not in found:
+                raise ValueError(f"{source} has no {_PUBLISHED[split, what]}[.gz]")
+        images, labels = (_unpacked(found[split, what], scratch / f"{split}-{what}") for what in ("images", "labels"))
         (count, height, width), start = _header(images, 3)
         (label_count,), label_start = _header(labels, 1)
         if count != label_count:
@@ -56,10 +80,16 @@ def idx(folder: Path, scratch: Path, names: list[str] | None) -> Source:
             Item(f"{split}/{number}", str(images), start + number * size, size, split, int(label), (height, width))
             for number, label in enumerate(values)
         ]
+    if not items:
+        raise ValueError(f"{source} has IDX files without an image")
     classes = names or [str(label) for label in range(max(item.label for item in items) + 1)]
     if max(item.label for item in items) >= len(classes):
-        raise ValueError(f"{folder} has a label out of range for the {len(classes)} classes of {FASHION_MNIST}")
+        raise ValueError(f"{source} has a label out of range for the {len(classes)} classes of {FASHION_MNIST}")
     return Source(classes, items)
+
+
+def _unpacked(file: File, target: Path) -> Path:
+    return unpack(Path(file.file), target) if file.name.endswith(".gz") else Path(file.file)
 
 
 def _header(path: Path, dimensions: int) -> tuple[tuple[int, ...], int]:
@@ -78,7 +108,8 @@ def _header(path: Path, dimensions: int) -> tuple[tuple[int, ...], int]:
 
 def fashion_mnist(scratch: Path) -> Source:
     """Fashion-MNIST of Debian's package (MIT-licensed), downloaded and unpacked without root."""
-    return idx(_fetch_fashion_mnist(scratch), scratch, FASHION_MNIST_CLASSES)
+    folder = str(_fetch_fashion_mnist(scratch))
+    return idx(folder, idx_files(folder, in_folder(Path(folder))), scratch, FASHION_MNIST_CLASSES)
 
 
 def _fetch_fashion_mnist(scratch: Path) -> Path:

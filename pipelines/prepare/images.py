@@ -1,60 +1,107 @@
 """Any image file to RGB pixels, and pixels to what is stored."""
 
 import io
-import warnings
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..format.image_header import MAX_PIXELS
+from ..format.jpeg import without_metadata
 
+_JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_DEEP_GREY = ("PNG", "TIFF", "PPM", "JPEG2000")  # formats of which Pillow gives grey of 16 bits without a sign
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of a TIFF
 _POWERS = np.arange(256)[:, None] ** np.array([1, 2])
 
 
 def open_image(data: bytes) -> Image.Image:
-    """The decoded image; ValueError with a short reason if it cannot be decoded."""
+    """The image, which is decoded when its pixels are used; ValueError with a short reason if there is none."""
     if not data:
         raise ValueError("zero bytes")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of PIL about odd metadata, which does not matter here
-            image = Image.open(io.BytesIO(data))
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-            if image.format == "EPS":  # Pillow would have Ghostscript run it
-                raise ValueError("EPS is a program, not an image")
-            image.load()
+        image = Image.open(io.BytesIO(_pixels_and_orientation(data)))
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+        if image.format == "EPS":  # Pillow would have Ghostscript run it
+            raise ValueError("EPS is a program, not an image")
     except UnidentifiedImageError:
-        raise ValueError("not an image") from None
+        raise ValueError("not an image that can be decoded") from None
     except Image.DecompressionBombError:
         raise ValueError(f"more than {MAX_PIXELS} pixels") from None
-    except ValueError:
-        raise
-    except Exception as error:  # a decoder fed with damaged bytes may raise nearly anything
-        raise ValueError(f"cannot be decoded: {error}") from None
     return image
 
 
+def _pixels_and_orientation(data: bytes) -> bytes:
+    """A JPEG or PNG without other metadata, of which Pillow refuses what is large or odd."""
+    if data[:2] == _JPEG:
+        return without_metadata(data, exif=True) or data
+    if data[:8] != _PNG:
+        return data
+    kept, at = [data[:8]], 8
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        kind = data[at + 4 : at + 8]
+        if kind[:1].isupper() or kind in (b"tRNS", b"eXIf"):
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
+
+
 def plain(image: Image.Image) -> Image.Image:
-    """Upright, 8-bit RGB or grey, from any mode: 16-bit grey scaled to 8 bits, transparency on white."""
-    if _orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGB", "L") and not image.has_transparency_data:
-        return image
+    """Upright, 8-bit RGB or grey, from any mode, without metadata.
+
+    Grey of 16 bits is scaled by its type, transparency becomes white. ValueError for pixels whose type has no scale.
+    """
+    image.load()
+    orientation = _orientation(image)
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, np.float64)
-        values = values / 257 if values.max(initial=0) > 255 else values
-        return Image.fromarray(np.rint(np.clip(values, 0, 255)).astype(np.uint8))
-    if image.has_transparency_data:
+        image = _eight_bits(image)
+    elif image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    elif image.mode not in ("RGB", "L"):
+        image = image.convert("RGB")
+    if orientation in _TRANSPOSE:
+        image = image.transpose(_TRANSPOSE[orientation])
+    image.info = {}  # of which Pillow would store comments
+    return image
 
 
-def storable(image: Image.Image) -> bool:
-    """Whether the file can be kept as it is: an upright JPEG, RGB or grey."""
-    return image.format == "JPEG" and image.mode in ("RGB", "L") and _orientation(image) == 1
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if image.format not in _DEEP_GREY or (image.mode == "I" and image.format != "PPM") or image.mode == "F":
+        kind = "floating-point" if image.mode == "F" else "integer"
+        raise ValueError(f"{kind} pixels without a scale (mode {image.mode} of {image.format}); store 8 or 16 bits")
+    values, most, inverted = np.asarray(image, np.float64), 65535, False
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        most, inverted = 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1, tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+    values = np.rint(values / (most / 255)).astype(np.uint8)
+    return Image.fromarray(255 - values if inverted else values)
+
+
+def kept(data: bytes, image: Image.Image) -> tuple[bytes, Image.Image] | None:
+    """What is stored of a file that keeps its coded pixels, and these: of an upright plain JPEG; else None.
+
+    It is decoded by simplejpeg, which alone of the decoders takes a warning for an error.
+    """
+    jpeg = without_metadata(data) if data[:2] == _JPEG and _orientation(image) not in _TRANSPOSE else None
+    if jpeg is None:
+        return None
+    try:
+        return jpeg, Image.fromarray(simplejpeg.decode_jpeg(jpeg))
+    except Exception:  # whatever it finds wrong, Pillow may forgive
+        return None
 
 
 def jpeg(image: Image.Image, quality: int) -> bytes:

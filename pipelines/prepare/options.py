@@ -1,8 +1,9 @@
 """The options of `pipelines.prepare`."""
 
-import os
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+from ..cores import available_cores
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Options:
     @property
     def workers(self) -> int:
         """Number of processes."""
-        return self.processes or len(os.sched_getaffinity(0))
+        return self.processes or available_cores()
 
     def relevant(self) -> dict[str, Any]:
         """The options on which the result depends."""

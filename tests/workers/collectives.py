@@ -1,18 +1,17 @@
-"""Run on every worker by test_horovod.py: what needs real workers, reported as one JSON file a rank."""
+"""Run on every worker by test_engines.py: what needs real workers, reported as files of each rank."""
 
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-import horovod.torch.optimizer as hvd_optimizer
 import torch
 from torch import Tensor, nn
 
 from infomcr_dist import regularized_backward
 from infomcr_dist.engines import connect
-from infomcr_dist.engines.horovod import HorovodWorld
-from infomcr_dist.world import UserError
+from infomcr_dist.step import PenaltySettings, train_step
+from infomcr_dist.world import UserError, World
 
 SUB_BATCH, IMAGES = 4, 16  # a worker
 
@@ -69,9 +68,57 @@ def serial_gradient(estimator: str, norm: bool, size: int) -> dict[str, Tensor]:
     return gradients(model)
 
 
-def distributed_gradient(world: HorovodWorld, estimator: str, sent: list[str], norm: bool) -> dict[str, Tensor]:
+def distributed(world: World, norm: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = net(norm)
-    optimizer = world.distribute(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    return world.distribute(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+
+
+def count_sent(world: World) -> list[str]:
+    """A list that grows with what is sent of gradients: name, if any, and bytes."""
+    sent: list[str] = []
+    if world.engine == "horovod":
+        import horovod.torch.optimizer as module
+
+        attribute = "allreduce_async_"
+    else:
+        import torch.distributed as module
+
+        from infomcr_dist.engines import torch_distributed
+
+        torch_distributed._BUCKET_BYTES, attribute = 512, "all_reduce"  # more than one
+    allreduce = getattr(module, attribute)
+
+    def counting(tensor: Tensor, *args: Any, **more: Any) -> Any:
+        if "name" in more or more.get("async_op"):
+            sent.append(f"{more.get('name')} {tensor.nbytes}")
+        return allreduce(tensor, *args, **more)
+
+    setattr(module, attribute, counting)
+    return sent
+
+
+def after_steps(world: World, estimator: str | None) -> dict[str, Tensor]:
+    """The network after a hundred steps of a float32 network, plain or regularized, the last batches uneven."""
+    model = net(norm=True).float()
+    model, optimizer = world.distribute(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    penalty = estimator and PenaltySettings(1e-2, 0.1, SUB_BATCH, estimator)
+    for step in range(100):
+        images, labels = batch(1000 * step + world.rank)
+        whole = IMAGES * world.size
+        if step % 10 == 9 and world.rank == 0:
+            images, labels, whole = images[:0], labels[:0], whole - IMAGES
+        elif step % 10 == 9:
+            whole -= IMAGES
+        torch.manual_seed(step)
+        settings = {"loss_scale": len(labels) * world.size / whole, "penalty": penalty, "clip_gradient_norm": 1.0}
+        result = train_step(model, nn.CrossEntropyLoss(), optimizer, world, (images.float(), labels), **settings)
+        assert result.finite
+    world.average_buffers(model)
+    return model.state_dict()
+
+
+def distributed_gradient(world: World, estimator: str, sent: list[str], norm: bool) -> dict[str, Tensor]:
+    model, optimizer = distributed(world, norm)
     optimizer.zero_grad()
     torch.manual_seed(world.rank)
     sent.clear()
@@ -82,25 +129,23 @@ def distributed_gradient(world: HorovodWorld, estimator: str, sent: list[str], n
         regularized_backward(
             model, nn.CrossEntropyLoss(), images, labels, sub_batches=IMAGES // SUB_BATCH, **settings(estimator)
         )
-    world.average_gradients(optimizer)
+    overlapped = len(sent)
+    assert world.average_gradients(optimizer, torch.tensor([1.0, world.rank])) == [
+        world.size,
+        sum(range(world.size)),
+    ]
+    assert len(sent) == overlapped, "all were sent while the backward pass ran"
     result = gradients(model)
     world.update(optimizer)
     return result
 
 
 def main(output: Path) -> None:
+    torch.set_num_threads(1)
     world = connect()
-    assert isinstance(world, HorovodWorld)
-    report: dict[str, Any] = {"rank": world.rank, "size": world.size, "local_rank": world.local_rank}
-
-    sent: list[str] = []
-    allreduce = hvd_optimizer.allreduce_async_
-
-    def counting(tensor: Tensor, *args: Any, name: str, **more: Any) -> Any:
-        sent.append(f"{name} {tensor.numel() * tensor.element_size()}")
-        return allreduce(tensor, *args, name=name, **more)
-
-    hvd_optimizer.allreduce_async_ = counting
+    report: dict[str, Any] = {"engine": world.engine, "size": world.size}
+    report["ranks"] = [world.rank, world.local_rank, world.local_size]
+    sent = count_sent(world)
     for estimator in ("fused", "sampled", "reference"):
         norm = estimator == "fused"  # the others' loss term sees BatchNorm statistics that differ with the split
         distributed_gradient(world, "plain", sent, norm)
@@ -110,15 +155,14 @@ def main(output: Path) -> None:
         report[f"difference {estimator}"] = difference(result, serial_gradient(estimator, norm, world.size))
 
     # A last, smaller global batch: the first worker has two images, the second one, any other none.
-    model = net(norm=False)
-    optimizer = world.distribute(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    model, optimizer = distributed(world, norm=False)
     optimizer.zero_grad()
     images, labels = batch(0)
     mine = slice(0, 2) if world.rank == 0 else slice(2, 3) if world.rank == 1 else slice(0, 0)
     if len(labels[mine]):
         weight = len(labels[mine]) * world.size / 3
         (nn.CrossEntropyLoss()(model(images[mine]), labels[mine]) * weight).backward()
-    world.average_gradients(optimizer)
+    world.average_gradients(optimizer, torch.zeros(1))
     whole = net(norm=False)
     nn.CrossEntropyLoss()(whole(images[:3]), labels[:3]).backward()
     report["difference remainder"] = difference(gradients(model), gradients(whole))
@@ -136,6 +180,8 @@ def main(output: Path) -> None:
                 raise ValueError(f"trouble on rank {world.rank}")
     except UserError as error:
         report["synchronized"] = [str(error), error.everywhere]
+    states = {str(estimator): after_steps(world, estimator) for estimator in (None, "fused")}
+    torch.save(states, output / f"{world.rank}.pt")
     (output / f"{world.rank}.json").write_text(json.dumps(report))
     world.close()
 

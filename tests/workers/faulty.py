@@ -1,7 +1,7 @@
 """The trainer, with one fault in one worker: ``python faulty.py FAULT MOMENT RANK RECIPE key=value …``.
 
 FAULT: the name of a signal this process sends itself, or a function below. MOMENT: where in the run. A run that is
-resumed is given no fault: the first argument is then ``none``.
+resumed is given no fault: the first argument is then ``none``; workers that torchrun restarts have none.
 """
 
 import math
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from infomcr_dist import checkpoint, diagnostics, step, train
+from infomcr_dist.engines import launched_rank
 from pipelines import LocalBatch, Sampler
 
 STEP = 13
@@ -126,7 +127,8 @@ def one_batch_fewer() -> None:
 
 def main() -> int:
     fault, moment, rank, *arguments = sys.argv[1:]
-    if fault != "none" and rank == os.environ.get("HOROVOD_RANK", "0"):
+    first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if fault != "none" and int(rank) == launched_rank(os.environ) and first_life:
         if fault.startswith("SIG"):
             at(moment, lambda: os.kill(os.getpid(), getattr(signal, fault)))
         elif moment == "start":

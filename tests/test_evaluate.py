@@ -1,0 +1,82 @@
+"""Evaluation and metric on splits with damaged samples."""
+
+import numpy as np
+import pytest
+import torch
+from data_sets import make_data_set
+from torch import nn
+
+from infomcr_dist.config import MetricSettings
+from infomcr_dist.evaluate import Errors, estimate_curvature, estimate_robustness, evaluate
+from infomcr_dist.world import SingleProcess, UserError
+from pipelines import Dataset, Loader, LoaderConfig, OnError, open_loader
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 3))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Of its nine test images the fifth is cut, of its 27 training images the third and the fourth are."""
+    dataset = make_data_set(tmp_path_factory.mktemp("damaged"), size=8)
+    for split, samples in (("test", [4]), ("train", [2, 3])):
+        for sample in samples:
+            entry = dataset.splits[split].index[sample]
+            with dataset.splits[split].shards[entry["shard"]].path.open("r+b") as file:
+                file.seek(int(entry["offset"]) + 200)
+                file.write(bytes(int(entry["size"]) - 200))
+    return dataset
+
+
+def loader(dataset: Dataset, split: str, backend: str, on_error: OnError) -> Loader:
+    config = LoaderConfig(
+        backend=backend,  # type: ignore[arg-type]
+        size=8,
+        mean=dataset.mean,
+        std=dataset.std,
+        batch_size=32,
+        device=torch.device("cpu"),
+        on_error=on_error,
+    )
+    return open_loader(dataset.splits[split], config)
+
+
+@pytest.mark.parametrize("backend", ["dali", "torch"])
+def test_a_damaged_sample_is_reported_in_one_line(dataset: Dataset, backend: str) -> None:
+    model, world, settings = network(), SingleProcess(), MetricSettings(trials=2, samples=27, images=27)
+    test, train = (loader(dataset, split, backend, "stop") for split in ("test", "train"))
+    place = dataset.splits["test"].where(4)
+    with pytest.raises(UserError, match=f"^data: cannot decode {place}: .+") as caught:
+        evaluate(model, test, dataset.splits["test"], 4, world)
+    assert "\n" not in str(caught.value)
+    for measure in (
+        lambda: estimate_curvature(model, train, dataset.splits["train"], settings, 0, world),
+        lambda: estimate_robustness(model, train, dataset.splits["train"], 27, 0, world),
+    ):
+        with pytest.raises(UserError, match=r"^data: cannot decode .*train.*, sample [23] at byte"):
+            measure()
+    assert model.training, "its mode is as before"
+    test.close()
+    train.close()
+
+
+def test_a_damaged_sample_is_skipped_alike_by_both_backends(dataset: Dataset) -> None:
+    results: list[tuple[Errors, float, float]] = []
+    for backend in ("dali", "torch"):
+        model, world, settings = network(), SingleProcess(), MetricSettings(trials=2, samples=27, images=27)
+        test, train = (loader(dataset, split, backend, "skip") for split in ("test", "train"))
+        errors = evaluate(model, test, dataset.splits["test"], 4, world)
+        curvature = estimate_curvature(model, train, dataset.splits["train"], settings, 0, world)
+        robustness = estimate_robustness(model, train, dataset.splits["train"], 27, 0, world)
+        assert list(test.skipped) == [4]
+        assert sorted(train.skipped) == [2, 3]
+        results.append((errors, curvature.trace.mean, robustness.mean))
+        test.close()
+        train.close()
+    (dali, dali_trace, dali_robustness), (other, trace, other_robustness) = results
+    assert dali.samples == other.samples == 9
+    np.testing.assert_allclose(
+        (dali.loss, dali_trace, dali_robustness), (other.loss, trace, other_robustness), rtol=1e-3
+    )
