@@ -107,7 +107,7 @@ def test_the_share_of_the_penalty_is_its_definition(small_data: Path) -> None:
     torch.manual_seed(0)
     split = open_dataset(small_data).splits["train"]
     images = torch.randn(len(split), 3, 2, 2)
-    labels = torch.from_numpy(split.labels)
+    labels = torch.from_numpy(split.labels.astype(np.int64))
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 6)).eval()
     seen: list[np.ndarray] = []
 
