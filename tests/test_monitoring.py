@@ -272,8 +272,9 @@ class Watched:
             except OSError:
                 continue
             ours = str(self.run).encode() in command and command.startswith(sys.executable.encode())
+            launcher = b"/horovodrun\0" in command or b"/torchrun\0" in command
             rank_is_given = any(f"{name}={rank}".encode() in environment for name in ("HOROVOD_RANK", "RANK"))
-            if ours and rank_is_given and b"run\0" not in command:
+            if ours and rank_is_given and not launcher:
                 return int(process)
         raise AssertionError(f"no rank {rank}")
 
