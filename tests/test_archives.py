@@ -3,7 +3,6 @@
 import bz2
 import errno
 import gzip
-import io
 import json
 import lzma
 import os
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 from data_sets import jpeg, make_folder, stored
+from test_tar import make
 
 from pipelines.prepare import Options, prepare
 
@@ -47,18 +47,6 @@ def patched(path: Path, names: set[str], local: int, central: int, value: int) -
     return path
 
 
-def tarred(files: dict[str, Any]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for name, data in files.items():
-            entry = tarfile.TarInfo(name)
-            if isinstance(data, tuple):
-                entry.type, entry.linkname, data = *data, b""
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
-    return buffer.getvalue()
-
-
 def images_of(path: Path, dest: Path) -> dict[str, bytes]:
     prepare(str(path), dest, OPTIONS)
     return {name: data for name, (data, _) in stored(dest).items()}
@@ -78,7 +66,7 @@ def images_of(path: Path, dest: Path) -> dict[str, bytes]:
     ],
 )
 def test_a_tar_is_known_by_its_content(tmp_path: Path, name: str, pack: Callable[[bytes], bytes]) -> None:
-    (tmp_path / name).write_bytes(pack(tarred(IMAGES)))
+    (tmp_path / name).write_bytes(pack(make(IMAGES)))
     assert images_of(tmp_path / name, tmp_path / "data") == IMAGES
 
 
@@ -95,12 +83,12 @@ def test_a_zip_is_known_by_its_content(tmp_path: Path, name: str) -> None:
         ("a.7z", b"7z\xbc\xaf\x27\x1c" + bytes(600), "is of no known kind; unpack it"),
         ("a.tar.zst", b"\x28\xb5\x2f\xfd" + bytes(600), "is compressed by zstd; unpack it first"),
         ("a.tar.gz", gzip.compress(b"no tar at all" * 99), r"a\.tar\.gz is not a readable tar"),
-        ("a.tar.gz", gzip.compress(tarred(IMAGES))[:-2000], r"a\.tar\.gz cannot be unpacked"),
-        ("a.tar.xz", lzma.compress(tarred(IMAGES))[:-2000], r"a\.tar\.xz cannot be unpacked"),
+        ("a.tar.gz", gzip.compress(make(IMAGES))[:-2000], r"a\.tar\.gz cannot be unpacked"),
+        ("a.tar.xz", lzma.compress(make(IMAGES))[:-2000], r"a\.tar\.xz cannot be unpacked"),
         ("a.zip", b"PK\3\4" + bytes(600), "is not a readable zip"),
         ("photo.jpg", jpeg(1), "is of no known kind"),
-        ("a.tar", tarred({"train-images-idx3-ubyte": b"1234"}), "holds IDX files in an archive; unpack it and give"),
-        ("a.tar", tarred({"more.zip": b"PK", "x.txt": b""}), r"of 2 other files the first is more\.zip: an archive in"),
+        ("a.tar", make({"train-images-idx3-ubyte": b"1234"}), "holds IDX files in an archive; unpack it and give"),
+        ("a.tar", make({"more.zip": b"PK", "x.txt": b""}), r"of 2 other files the first is more\.zip: an archive in"),
     ],
 )
 def test_what_cannot_be_a_source_is_one_line(tmp_path: Path, name: str, data: bytes, message: str) -> None:
@@ -156,7 +144,7 @@ def test_of_files_with_one_name_the_last_is_taken_and_the_others_are_listed(tmp_
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr("cat/1.jpg", jpeg(71))
     else:
-        path.write_bytes(tarred({**IMAGES, "cat/1.jpg": jpeg(70)}) + tarred({"./cat/1.jpg": jpeg(71)}))
+        path.write_bytes(make({**IMAGES, "cat/1.jpg": jpeg(70)}) + make({"./cat/1.jpg": jpeg(71)}))
     found = {os.path.normpath(name): data for name, data in images_of(path, tmp_path / "data").items()}
     assert found == {**IMAGES, "cat/1.jpg": jpeg(71)}
     assert rejected(tmp_path / "data") == {"cat/1.jpg": "replaced by a later file of the same name in the archive"}
@@ -169,10 +157,10 @@ def test_links_and_holes_in_a_tar(tmp_path: Path) -> None:
         "cat/gone.jpg": (tarfile.SYMTYPE, "/photos/0.jpg"),
         "dog/pipe": (tarfile.FIFOTYPE, ""),
     }
-    (tmp_path / "a.tar").write_bytes(tarred({**links, **IMAGES}))
+    (tmp_path / "a.tar").write_bytes(make({**links, **IMAGES}))
     taken = {"cat/soft.jpg": IMAGES["dog/0.jpg"], "cat/hard.jpg": IMAGES["cat/0.jpg"]}
     assert images_of(tmp_path / "a.tar", tmp_path / "data") == {**IMAGES, **taken}
-    (tmp_path / "b.tar").write_bytes(tarred({**IMAGES, **links}))
+    (tmp_path / "b.tar").write_bytes(make({**IMAGES, **links}))
     assert images_of(tmp_path / "b.tar", tmp_path / "other") == {**IMAGES, **taken}
     assert rejected(tmp_path / "other") == {
         "cat/gone.jpg": "a link to /photos/0.jpg, which is not in the archive",
