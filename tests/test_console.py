@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import needs_horovod
 
 from pipelines.console import DetachedStream, detached
 
@@ -139,6 +140,7 @@ def test_training_ends_well_whatever_its_console_does(small_data: Path, tmp_path
     os.close(writer)
 
 
+@needs_horovod
 @pytest.mark.parametrize("redirected", [">/dev/full 2>&1", ">&- 2>&-"])
 def test_a_launcher_whose_console_takes_nothing(redirected: str) -> None:
     """More than a pipe holds, from two workers: the launcher reads on."""
