@@ -26,8 +26,6 @@ from typing import Any, Literal, NamedTuple
 ROOT = Path(__file__).parent.parent
 KIT = ROOT / ".gpu-kit"
 _LEFT_FOR_THE_END = 3.0
-_WORTH_STARTING = 8.0
-"""Seconds: what importing torch and finding the GPU may take."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +39,12 @@ class Settings:
 
 
 class Check(NamedTuple):
-    """A function of `gpu_checks`, the seconds after which it is killed, and whether it needs a GPU."""
+    """A function of `gpu_checks`, the seconds after which it is killed, those below which it is not worth starting, and
+    whether it needs a GPU."""
 
     function: str
     seconds: float
+    least: float = 10
     needs_gpu: bool = False
 
 
@@ -58,14 +58,14 @@ CHECKS = {
     "gamma": Check("steps:gamma", 45),
     "bitwise": Check("runs:bitwise", 75),
     "epoch": Check("runs:epoch", 75),
-    "nccl": Check("runs:nccl", 45, needs_gpu=True),
+    "torchrun": Check("runs:torchrun", 45),
     "stopped": Check("runs:stopped", 60),
     "hang": Check("runs:hang", 45, needs_gpu=True),
     "loaders": Check("runs:loaders", 60),
     "recipe": Check("runs:recipe", 75),
     "steps-64": Check("steps:wrn_64", 75),
-    "compiled": Check("steps:compiled", 150),
-    "horovod": Check("horovod_build:horovod", 420, needs_gpu=True),
+    "compiled": Check("steps:compiled", 150, least=60),
+    "horovod": Check("horovod_build:horovod", 420, least=200, needs_gpu=True),
 }
 """In the order of their weight: what no time is left for is skipped."""
 
@@ -115,7 +115,7 @@ def run(settings: Settings, names: list[str], folder: Path, output: Path) -> int
         problem: str | None
         if check.needs_gpu and settings.device == "cpu":
             problem = "skipped: needs a GPU"
-        elif left < _WORTH_STARTING:
+        elif left < min(check.least, check.seconds):
             problem = f"skipped: none of the {settings.minutes:g} minutes is left"
         else:
             rows, problem = run_check(name, min(check.seconds, left), settings, folder)
@@ -154,8 +154,12 @@ def run_check(name: str, seconds: float, settings: Settings, folder: Path) -> tu
     found = [json.loads(text) for text in rows.read_text().splitlines()] if rows.exists() else []
     if code == 0:
         return found, None
-    last = next((text for text in reversed(log.read_text(errors="replace").splitlines()) if text.strip()), "no output")
-    print(log.read_text(errors="replace")[-3000:], file=sys.stderr, flush=True)
+    newest = max([log, *work.rglob("log")], key=lambda path: path.stat().st_mtime)  # its own, or that of a run it made
+    for path in {log, newest}:
+        print(path.read_text(errors="replace")[-3000:], file=sys.stderr, flush=True)
+    last = next(
+        (text for text in reversed(newest.read_text(errors="replace").splitlines()) if text.strip()), "no output"
+    )
     return found, f"killed after {seconds:.0f} s: {last}" if code is None else f"exit code {code}: {last}"
 
 

@@ -150,11 +150,11 @@ def epoch(context: Context) -> Iterator[Row]:
         yield Row(f"backend {backend}, the run of 4 epochs", f"{took:.1f} s with its start and evaluations")
 
 
-def nccl(context: Context) -> Iterator[Row]:
-    """One rank of the torch engine, with NCCL."""
-    torchrun = interpreter("torch.distributed.run", "--standalone", "--nproc-per-node", "1")
-    command = [*torchrun, "-m", "infomcr_dist", "train", *small(context), "regularizer.when=always", "epochs=2"]
-    job = Job(command, context.work / "nccl")
+def torchrun(context: Context) -> Iterator[Row]:
+    """One rank of the torch engine; on a GPU with NCCL."""
+    launcher = interpreter("torch.distributed.run", "--standalone", "--nproc-per-node", "1")
+    command = [*launcher, "-m", "infomcr_dist", "train", *small(context), "regularizer.when=always", "epochs=2"]
+    job = Job(command, context.work / "torchrun")
     took = job.finish()
     steps = of_kind(list(read_records(job.directory / "run" / FILE)), StepRecord)
     median = statistics.median(1000 * step.step_duration_seconds for step in steps if step.epoch == 2)
@@ -167,7 +167,7 @@ def stopped(context: Context) -> Iterator[Row]:
     job = Job(command, context.work / "stopped")
     job.wait_for_steps()
     job.process.send_signal(signal.SIGSTOP)
-    yield _reported("a process stopped by SIGSTOP", job)
+    yield reported("a process stopped by SIGSTOP", job)
 
 
 def hang(context: Context) -> Iterator[Row]:
@@ -177,10 +177,11 @@ def hang(context: Context) -> Iterator[Row]:
     job = Job([*command, "model=gpu_checks.runs:hanging"], context.work / "hang", {_HANG_AT: str(trigger)})
     job.wait_for_steps()
     trigger.touch()
-    yield _reported("a kernel that hangs", job)
+    yield reported("a kernel that hangs", job)
 
 
-def _reported(what: str, job: Job) -> Row:
+def reported(what: str, job: Job) -> Row:
+    """Whether the hang of a job is reported, and ends it."""
     began = time.perf_counter()
     code = job.wait(4 * HANG_SECONDS)
     took = time.perf_counter() - began
@@ -196,7 +197,7 @@ def _reported(what: str, job: Job) -> Row:
 
 
 class _Hanging(nn.Module):
-    """ResNet-20, whose forward pass launches a kernel of minutes once a file exists."""
+    """ResNet-20, whose forward pass launches a kernel of 20 s once a file exists."""
 
     def __init__(self, classes: int, image_size: int) -> None:
         super().__init__()
@@ -204,7 +205,7 @@ class _Hanging(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if images.is_cuda and Path(os.environ[_HANG_AT]).exists():
-            torch.cuda._sleep(240_000_000_000)
+            torch.cuda._sleep(40_000_000_000)
         output: Tensor = self.network(images)
         return output
 

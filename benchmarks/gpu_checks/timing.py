@@ -54,8 +54,9 @@ def kernels(call: Callable[[], object], device: str) -> int:
     with torch.profiler.profile(activities=kinds) as profiler:
         call()
         synchronize(device)
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
     if device == "cpu":
-        return sum(event.name.startswith("aten::") for event in profiler.events())
-    kinds_of_copies = ("Memcpy", "Memset")
-    on_device = [event for event in profiler.events() if str(event.device_type).endswith("CUDA")]
-    return sum(not event.name.startswith(kinds_of_copies) for event in on_device)
+        return sum(event.name().startswith("aten::") for event in events)
+    copies = ("Memcpy", "Memset")
+    return sum(str(event.device_type()).endswith("CUDA") and not event.name().startswith(copies) for event in events)
