@@ -138,7 +138,7 @@ def run_check(name: str, seconds: float, settings: Settings, folder: Path) -> tu
     command = [sys.executable, "-W", "ignore", "-m", "gpu_checks", check.function]
     command += [settings.device, size, str(work), str(seconds), str(rows)]
     path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), str(folder / "site")])
-    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "KINETO_LOG_LEVEL": "99"}
     if settings.device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     with log.open("w") as file:

@@ -64,7 +64,9 @@ class Prototype:
                 logits = functional_call(model, dict(zip(names, weights, strict=True)), (images,))
             return cross_entropy(logits.float(), labels)
 
-        self.loss = torch.compile(loss) if compiled else loss
+        # On a CPU inductor's C++ compiler would take minutes.
+        backend = "inductor" if device == "cuda" else "aot_eager"
+        self.loss = torch.compile(loss, dynamic=False, backend=backend) if compiled else loss
 
     def converted(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """The weights of products in the lower precision, all others as they are."""

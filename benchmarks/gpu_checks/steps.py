@@ -4,9 +4,10 @@ A new way of stepping is one more entry in `ways`.
 """
 
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -74,11 +75,9 @@ def today(
     return lambda: train_step(model, criterion, optimizer, world, batch, loss_scale=1.0, penalty=penalty, bf16=bf16)
 
 
-def prototype(
-    case: Case, device: str, fraction: float | None = None, streams: int | None = None, compiled: bool = False
-) -> Call:
+def prototype(step: Prototype, fraction: float | None = None, streams: int | None = None) -> Call:
     """A step of the prototype: plain, or regularized over a fraction of the sub-batches; a graph on so many streams."""
-    step = Prototype(case, device, compiled)
+    case = step.case
     if fraction is None:
         call: Call = step.plain
     else:
@@ -98,30 +97,31 @@ def ways(case: Case, device: str) -> dict[str, Way]:
         ),
         "fused, eager, bf16, exact": Way(lambda: today(case, device, True, "fused"), _EAGER, 2),
         "sampled ¼, eager, bf16, exact": Way(lambda: today(case, device, True, "sampled", fraction=0.25), _EAGER, 1.25),
-        "plain, prototype, eager": Way(lambda: prototype(case, device)),
-        "fused, prototype, eager": Way(lambda: prototype(case, device, 1.0), "plain, prototype, eager", 2),
     }
-    if device == "cuda":
-        alike = "plain, prototype, graph"
-        found |= {
-            alike: Way(lambda: prototype(case, device, streams=1)),
-            "fused, prototype, graph": Way(lambda: prototype(case, device, 1.0, 1), alike, 2, True),
-            "fused, prototype, graph, 4 streams": Way(lambda: prototype(case, device, 1.0, 4), alike, 2, True),
-            "fused, prototype, graph, 8 streams": Way(lambda: prototype(case, device, 1.0, 8), alike, 2, True),
-            "sampled ¼, prototype, graph, 4 streams": Way(lambda: prototype(case, device, 0.25, 4), alike, 1.25, True),
-        }
-    return found
+    return found | prototype_ways(cache(lambda: Prototype(case, device)), "prototype", device)
 
 
 def compiled_ways(case: Case, device: str) -> dict[str, Way]:
-    """The same with compiled passes."""
+    """With compiled passes."""
     found = {_EAGER: Way(lambda: today(case, device, True))}
-    graphs = (1, 4, 8) if device == "cuda" else (None,)
-    alike = "plain, compiled" + (", graph" if device == "cuda" else "")
-    found[alike] = Way(lambda: prototype(case, device, streams=graphs[0], compiled=True))
-    for streams in graphs:
-        name = "fused, compiled" + ("" if streams is None else f", graph, {streams} streams")
-        found[name] = Way(partial(prototype, case, device, 1.0, streams, True), alike, 2, True)
+    return found | prototype_ways(cache(lambda: Prototype(case, device, compiled=True)), "prototype, compiled", device)
+
+
+def prototype_ways(step: Callable[[], Prototype], name: str, device: str) -> dict[str, Way]:
+    """Those of the prototype, which `step` gives."""
+    plain, graph = f"plain, {name}, eager", f"plain, {name}, graph"
+    found = {
+        plain: Way(lambda: prototype(step())),
+        f"fused, {name}, eager": Way(lambda: prototype(step(), 1.0), plain, 2),
+    }
+    if device == "cuda":
+        found |= {
+            graph: Way(lambda: prototype(step(), streams=1)),
+            f"fused, {name}, graph": Way(lambda: prototype(step(), 1.0, 1), graph, 2, True),
+            f"fused, {name}, graph, 4 streams": Way(lambda: prototype(step(), 1.0, 4), graph, 2, True),
+            f"fused, {name}, graph, 8 streams": Way(lambda: prototype(step(), 1.0, 8), graph, 2, True),
+            f"sampled ¼, {name}, graph, 4 streams": Way(lambda: prototype(step(), 0.25, 4), graph, 1.25, True),
+        }
     return found
 
 
@@ -162,10 +162,14 @@ def compare(case: Case, context: Context, ways: Callable[[Case, str], dict[str, 
     device = context.device
     what = f"{case.model}, {case.batch_size} images at {case.image_size}×{case.image_size}"
     known, calls, failed = ways(case, device), {}, {}
+    began = time.monotonic()
     counted: dict[str, tuple[int, int | None]] = {}
     limit_ms, explained = limit(case, context)
     yield Row(f"{what}: limit, plain", explained, figures={"ms": limit_ms})
     for name, way in known.items():
+        if time.monotonic() - began > 0.6 * context.seconds:
+            failed[name] = "skipped: no time is left"
+            continue
         try:
             call = way.build()
             call()
@@ -173,7 +177,7 @@ def compare(case: Case, context: Context, ways: Callable[[Case, str], dict[str, 
             calls[name] = call
         except Exception as error:  # no way costs another one its row
             failed[name] = f"{type(error).__name__}: {error}"
-    seconds = interleaved(calls, 1 if context.tiny else _ROUNDS, device)
+    seconds = interleaved(calls, 1 if context.tiny else _ROUNDS, device, began + 0.8 * context.seconds)
     for name, way in known.items():
         if name in failed:
             yield Row(f"{what}: {name}", failed[name])

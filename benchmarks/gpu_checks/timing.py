@@ -1,5 +1,6 @@
 """Times of calls on a device, in interleaved rounds."""
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -32,8 +33,13 @@ def _block(call: Callable[[], object], count: int, device: str) -> float:
     return (time.perf_counter() - began) / count
 
 
-def interleaved(calls: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each call in each round; a round takes a block of every kind, in random order."""
+def interleaved(
+    calls: dict[str, Callable[[], object]], rounds: int, device: str, until: float = math.inf
+) -> dict[str, list[float]]:
+    """Seconds of each call in each round; a round takes a block of every kind, in random order.
+
+    None begins after `until`, by time.monotonic, but the first.
+    """
     counts = {}
     for name, call in calls.items():
         for _ in range(2):
@@ -41,7 +47,9 @@ def interleaved(calls: dict[str, Callable[[], object]], rounds: int, device: str
         once = _block(call, 1, device)
         counts[name] = max(1, round((_BLOCK_SECONDS if device == "cuda" else 0.0) / max(once, 1e-9)))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
+    for number in range(rounds):
+        if number and time.monotonic() > until:
+            break
         for name in random.sample(list(calls), len(calls)):
             seconds[name].append(_block(calls[name], counts[name], device))
     return seconds
