@@ -116,7 +116,7 @@ def run(settings: Settings, names: list[str], folder: Path, output: Path) -> int
         if check.needs_gpu and settings.device == "cpu":
             problem = "skipped: needs a GPU"
         elif left < min(check.least, check.seconds):
-            problem = f"skipped: none of the {settings.minutes:g} minutes is left"
+            problem = f"skipped: of the {settings.minutes:g} minutes too little is left"
         else:
             rows, problem = run_check(name, min(check.seconds, left), settings, folder)
             failed = failed or problem is not None
