@@ -11,9 +11,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from infomcr_dist.checks import Derivative
+from infomcr_dist.checks import Derivative, Step
 from infomcr_dist.config import OptimizerSettings, RegularizerSettings
-from infomcr_dist.regularizer import Estimator, Losses, plain_backward, regularized_backward
+from infomcr_dist.estimators import Estimator
+from infomcr_dist.regularizer import Losses, plain_backward, regularized_backward
 from infomcr_dist.world import World
 
 
@@ -27,6 +28,7 @@ class PenaltySettings:
     estimator: Estimator = "fused"
     num_sampled: int | None = None
     derivative: Derivative | Literal["auto"] = "auto"
+    step: Step = "auto"
 
 
 class StepResult(NamedTuple):
@@ -143,4 +145,5 @@ def penalty_settings(
         estimator=settings.estimator,
         num_sampled=num_penalized if settings.estimator == "sampled" else None,
         derivative=settings.derivative,
+        step=settings.step,
     )
