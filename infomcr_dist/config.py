@@ -359,6 +359,8 @@ class Config:
     """Directory for a file rank-LOCAL_RANK.pid per worker of a host, for whoever must signal it; null: none."""
     threads: int | None = None
     """CPU threads a worker computes with; null: OMP_NUM_THREADS, else its share of the cores that may be used."""
+    compile: bool = False
+    """Compile the passes with torch.compile: a minute at the start, and a C compiler, for faster steps on a GPU."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the training passes; bf16: autocast, with weights and their update in fp32."""
     data: DataSettings = field(default_factory=lambda: DataSettings(global_batch_size=128))
