@@ -33,6 +33,8 @@ from infomcr_dist.config import Config
 from infomcr_dist.engines import run_in_world
 from infomcr_dist.evaluate import Curvature, Errors, estimate_curvature, evaluate
 from infomcr_dist.experiment import measured_images
+from infomcr_dist.first_order import FirstOrder
+from infomcr_dist.graphs import Graphs
 from infomcr_dist.progress import Durations, epoch_line, summary
 from infomcr_dist.records import (
     EndRecord,
@@ -47,7 +49,7 @@ from infomcr_dist.run import Run, prepare_run
 from infomcr_dist.schedules import TimeFraction
 from infomcr_dist.signals import StopRequest
 from infomcr_dist.state import Committed
-from infomcr_dist.step import train_step
+from infomcr_dist.step import first_order_only, train_step
 from infomcr_dist.watchdog import Watchdog
 from infomcr_dist.world import HostsChanged, Stopped, UserError, World
 from pipelines.console import detached, reader_gone
@@ -62,13 +64,14 @@ def train(run: Run, stop: StopRequest) -> None:
     """The remaining epochs: steps, evaluation, metric, checkpoint; then the final table."""
     config, world, telemetry, state = run.config, run.world, run.telemetry, run.state
     criterion = nn.CrossEntropyLoss(label_smoothing=config.optimizer.label_smoothing)
+    graphs = build_graphs(run, criterion)
     durations = Durations()
     metric_time = TimeFraction(config.metric.max_time_fraction, began=time.perf_counter())
     test = train = metric = None
     run.commit()
     for epoch in range(state.epoch, config.epochs):
         last = epoch + 1 == config.epochs
-        training_loss = train_epoch(run, epoch, criterion, durations, stop)
+        training_loss = train_epoch(run, epoch, criterion, durations, stop, graphs)
         world.location = f"the end of epoch {epoch + 1}"
         state.learning_rate.end_epoch(epoch, training_loss)
         world.average_buffers(state.model)
@@ -97,7 +100,9 @@ def train(run: Run, stop: StopRequest) -> None:
         raise Stopped(f"trained, but the last checkpoint is missing: {failure}", saved=False)
 
 
-def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations, stop: StopRequest) -> float:
+def train_epoch(
+    run: Run, epoch: int, criterion: nn.Module, durations: Durations, stop: StopRequest, graphs: Graphs | None
+) -> float:
     """Every global batch of an epoch once; returns the mean training loss over all workers' images.
 
     Raises:
@@ -149,6 +154,7 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
             clip_gradient_norm=config.optimizer.clip_gradient_norm,
             max_batch_size=config.data.max_batch_size,
             flags=(stop.requested, world.hosts_changed()),
+            graphs=graphs,
         )
         if result.finite:
             loss_sum += result.loss * batch.global_size
@@ -211,6 +217,33 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
         if hosts_changed:
             raise HostsChanged
     return loss_sum / images_seen if images_seen else math.nan
+
+
+def build_graphs(run: Run, criterion: nn.Module) -> Graphs | None:
+    """The run's steps as CUDA graphs, or compiled; None: kernel by kernel."""
+    config, model, device, size = run.config, run.state.model, run.world.device, run.experiment.image_size
+    if device.type != "cuda" and not config.compile:
+        return None
+    settings = config.regularizer
+    model.train()
+    images = torch.zeros(2 * (run.experiment.sub_batch_size or 1), 3, size, size, device=device)
+    labels = torch.zeros(len(images), dtype=torch.int64, device=device)
+    try:
+        if settings.when != "never" and not first_order_only(settings.estimator, settings.derivative):
+            raise ValueError(f"estimator={settings.estimator}, derivative={settings.derivative}")
+        passes = FirstOrder(
+            model,
+            criterion,
+            images,
+            labels,
+            bf16=config.precision == "bf16",
+            streams=min(8, run.experiment.num_sub_batches) if device.type == "cuda" else 1,
+            compile=config.compile,
+        )
+    except ValueError as reason:
+        run.telemetry.message(f"steps are launched kernel by kernel, which is slow on a GPU: {reason}")
+        return None
+    return Graphs(passes, model, run.state.optimizer, run.world, config.optimizer.clip_gradient_norm)
 
 
 @detached()

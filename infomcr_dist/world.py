@@ -78,7 +78,7 @@ class World(ABC):
         """
 
     @abstractmethod
-    def average_gradients(self, optimizer: torch.optim.Optimizer, values: Tensor) -> list[float]:
+    def average_gradients(self, optimizer: torch.optim.Optimizer, values: Tensor) -> Tensor:
         """Wait until every ``p.grad`` is the mean over the workers.
 
         Args:
@@ -155,8 +155,8 @@ class SingleProcess(World):
     def distribute(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         return model, optimizer
 
-    def average_gradients(self, optimizer: torch.optim.Optimizer, values: Tensor) -> list[float]:
-        return values.tolist()
+    def average_gradients(self, optimizer: torch.optim.Optimizer, values: Tensor) -> Tensor:
+        return values
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()

@@ -63,10 +63,10 @@ class HorovodWorld(World):
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)
         return model, hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
 
-    def average_gradients(self, optimizer: torch.optim.Optimizer, values: Tensor) -> list[float]:
+    def average_gradients(self, optimizer: torch.optim.Optimizer, values: Tensor) -> Tensor:
         sums = hvd.allreduce_async(values, name="sums", op=hvd.Sum)
         optimizer.synchronize()  # type: ignore[attr-defined]
-        return hvd.synchronize(sums).tolist()  # type: ignore[no-any-return]
+        return hvd.synchronize(sums)  # type: ignore[no-any-return]
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
         with optimizer.skip_synchronize():  # type: ignore[attr-defined]

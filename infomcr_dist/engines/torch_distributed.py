@@ -80,13 +80,13 @@ class TorchWorld(World):
         self._gradients[optimizer] = _Gradients(model.parameters(), self._steps)
         return model, optimizer
 
-    def average_gradients(self, optimizer: torch.optim.Optimizer, values: Tensor) -> list[float]:
+    def average_gradients(self, optimizer: torch.optim.Optimizer, values: Tensor) -> Tensor:
         with _collective():
             wait = self._gradients[optimizer].begin_average()
             sums = values.clone()
             dist.all_reduce(sums, group=self._steps)
             wait()
-        return sums.tolist()
+        return sums
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
