@@ -112,7 +112,11 @@ class World(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Leave the world."""
+        """Leave the world, as every worker does."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Leave it after an error that the others may not have met, and wait for none of them."""
 
     def hosts_changed(self) -> bool:
         """Whether hosts joined or left since the world began, as far as this worker was notified."""
@@ -174,6 +178,9 @@ class SingleProcess(World):
         pass
 
     def close(self) -> None:
+        pass
+
+    def abort(self) -> None:
         pass
 
 

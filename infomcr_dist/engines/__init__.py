@@ -124,21 +124,27 @@ def run_in_world(
     except ConnectionError as error:
         print_error(f"error: {error}")
         return 1
+    everywhere = True
     try:
         code = body(world)
     except world.exit_errors as error:
-        return report_and_exit_code(world, error)
-    if not world.elastic:
-        world.barrier()
+        code, everywhere = _report(world, error)
+    if not everywhere:
+        world.abort()
+        return code
+    if not world.elastic:  # there the others may continue
+        world.barrier()  # nobody exits, and is taken for the cause of an error, before rank 0 has reported it
     world.close()
     return code
 
 
-def report_and_exit_code(world: World, error: Exception) -> int:
-    """Report in one line, once over all workers, why a command exits; returns its exit code.
+def _report(world: World, error: Exception) -> tuple[int, bool]:
+    """Report in one line, once over all workers, why a command exits.
 
-    0 for `Finished`, 2 for a `UserError`, 75 for `Stopped` (try again later, in sysexits.h), 1 for anything else:
-    diverged weights, a state that could not be saved, another worker that is gone.
+    Returns:
+        The exit code: 0 for `Finished`, 2 for a `UserError`, 75 for `Stopped` (try again later, in sysexits.h), 1 for
+        anything else: diverged weights, a state that could not be saved, another worker that is gone. And whether every
+        worker exits for this error.
     """
     everywhere = isinstance(error, Diverged | Stopped | Finished) or (isinstance(error, UserError) and error.everywhere)
     if isinstance(error, Stopped) and error.saved:
@@ -150,16 +156,14 @@ def report_and_exit_code(world: World, error: Exception) -> int:
     if everywhere:
         if world.rank == 0:
             print_error(f"\n{kind}: {error}")
-        if not world.elastic:  # there the others may continue
-            world.barrier()  # nobody exits, and is taken for the cause, before rank 0 has reported
-        return code
+        return code, True
     gone = (
         f"another worker is gone, or waits for something else than this one in {world.location}: "
         "resume from the last checkpoint with resume=auto"
     )
     reason = str(error) if isinstance(error, UserError) else gone
     print_error(f"\n{kind}: rank {world.rank}: {reason}")
-    return code
+    return code, False
 
 
 def print_error(text: str) -> None:

@@ -95,3 +95,6 @@ class HorovodWorld(World):
 
     def close(self) -> None:
         hvd.shutdown()
+
+    def abort(self) -> None:
+        hvd.shutdown()
