@@ -8,6 +8,7 @@ backward and the SGD update. The table gives medians and, in brackets, the quart
 the plain gradient accumulated over the sub-batches: what a processor gains or loses by small batches alone.
 """
 
+import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from interleaved import measure
 from torch.nn.functional import cross_entropy
 
 from infomcr_dist import regularized_backward
+from infomcr_dist.allocator import keep_freed_memory
 from infomcr_dist.models import build
 from pipelines.options import load
 
@@ -34,6 +36,10 @@ class Settings:
     sub_batch_size: int = 16
     threads: int = 1
     rounds: int = 15
+    channels_last: bool = True
+    """Memory format of the images; false: as up to 0.2"""
+    keep_memory: bool = True
+    """Whether freed memory is kept, as `infomcr train` does"""
 
 
 def estimators(sub_batches: int) -> dict[str, dict[str, Any]]:
@@ -53,11 +59,15 @@ def estimators(sub_batches: int) -> dict[str, dict[str, Any]]:
 
 def main(settings: Settings) -> None:
     """Print the table."""
+    if settings.keep_memory:
+        keep_freed_memory()
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
     model = build(settings.model, settings.classes, settings.image_size)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, nesterov=True)
     images = torch.randn(settings.batch_size, 3, settings.image_size, settings.image_size)
+    if settings.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(settings.classes, (settings.batch_size,))
 
     def plain(size: int) -> None:
@@ -80,11 +90,13 @@ def main(settings: Settings) -> None:
     for name, how in estimators(settings.batch_size // settings.sub_batch_size).items():
         calls[name] = partial(step, partial(regularized, how))
     timings = measure(calls, settings.rounds)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
 
     print(
         f"{settings.model} at {settings.image_size}x{settings.image_size}, {settings.batch_size} images, "
         f"sub-batches of {settings.sub_batch_size}, threads: {settings.threads}, {settings.rounds} rounds, "
-        f"torch {torch.__version__}\n"
+        f"torch {torch.__version__}; in all {usage.ru_utime:.0f} s of processor time, {usage.ru_stime:.0f} s in the "
+        f"kernel, {usage.ru_maxrss / 1024:.0f} MB\n"
     )
     print("| step | ms | x plain | x plain, processor time |\n|---|---|---|---|")
     for name, timing in timings.items():
