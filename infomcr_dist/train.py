@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from infomcr_dist import diagnostics
+from infomcr_dist.allocator import keep_freed_memory
 from infomcr_dist.checkpoint import write_atomically
 from infomcr_dist.cli import TRAIN
 from infomcr_dist.config import Config
@@ -249,6 +250,7 @@ def build_graphs(run: Run, criterion: nn.Module) -> Graphs | None:
 @detached()
 def main(arguments: list[str]) -> int:
     """The command; returns the exit code. No console delays or ends it."""
+    keep_freed_memory()
     config, recipe, mistake = Config(), "", None
     try:
         (recipe,), overrides = TRAIN.parse(arguments)

@@ -71,6 +71,7 @@ def test_images_and_labels_are_those_of_the_shards(dataset: Dataset, backend: st
         assert local_batch is expected
         assert images.dtype == torch.float32
         assert labels.dtype == torch.int64
+        assert images.is_contiguous(memory_format=torch.channels_last)
         np.testing.assert_allclose(pixels(dataset, images), decoded(dataset, local_batch.samples), atol=1.01)
         np.testing.assert_array_equal(labels.numpy(), split.labels[local_batch.samples])
         seen.append(len(labels))

@@ -77,7 +77,7 @@ def test_bytes_normalized_by_the_device_are_the_same_images(
         loader.close()
     for (_, images, labels), (_, others, other_labels) in zip(*results, strict=True):
         assert others.dtype == torch.float32
-        assert others.is_contiguous()
+        assert others.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(images, others)
         assert torch.equal(labels, other_labels)
 

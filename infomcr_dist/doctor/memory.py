@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from infomcr_dist import models
+from infomcr_dist.allocator import keep_freed_memory
 from infomcr_dist.config import Config
 from infomcr_dist.doctor.results import Result, attempt, gigabytes
 from infomcr_dist.experiment import Experiment, compute_threads
@@ -193,7 +194,7 @@ def step_cost(trial: Trial, local_rank: int, threads: int, room: int) -> StepCos
     model, optimizer = world.distribute(model, build_optimizer(config.optimizer, model))
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    images = torch.randn(trial.images, 3, size, size, device=world.device)
+    images = torch.randn(trial.images, 3, size, size, device=world.device).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(trial.classes, (trial.images,), device=world.device)
     for _ in range(2):
         result = train_step(
@@ -244,6 +245,7 @@ def start_alone(local_rank: int, threads: int, room: int) -> tuple[World, int]:
     else:
         room = torch.cuda.mem_get_info()[0]
     torch.set_num_threads(threads)
+    keep_freed_memory()
     return world, room
 
 

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 from infomcr_dist.world import HostsChanged, World, local_device
 
+_CYCLE_MILLISECONDS = "10"
+"""Between two times at which Horovod's thread asks the other workers which gradients are ready. By default it does so
+every millisecond, and each time takes a core from a worker that computes; a step on CPUs takes hundreds of them."""
+
 
 class HorovodWorld(World):
     """The workers that ``horovodrun``, or ``mpirun`` with a Horovod built for it, started.
@@ -25,11 +29,14 @@ class HorovodWorld(World):
     engine = "horovod"
 
     def __init__(self, hang_timeout_seconds: float | None) -> None:
-        if hang_timeout_seconds is not None:  # read when Horovod starts; what the user has set for it stands
+        # Variables are read when Horovod starts; those that the user has set stand.
+        if hang_timeout_seconds is not None:
             limit = str(math.ceil(hang_timeout_seconds))
             os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(math.ceil(hang_timeout_seconds / 2)))
             os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", limit)
             os.environ.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", str(max(60, math.ceil(hang_timeout_seconds))))
+        if not torch.cuda.is_available():
+            os.environ.setdefault("HOROVOD_CYCLE_TIME", _CYCLE_MILLISECONDS)
         self._hosts_changed = False
         self.elastic = os.environ.get("HOROVOD_ELASTIC") == "1"
         self._begin()

@@ -95,7 +95,7 @@ def batches_in_order(
     Args:
         start: begins a batch.
         check: raises if this iteration has ended.
-        tables: of the normalization, (3, 256).
+        tables: of the normalization, (256, 3).
     """
     pending: deque[Pending] = deque()
     normalization = torch.from_numpy(tables).to(config.device)
@@ -116,7 +116,8 @@ def batches_in_order(
             local_batch = batch.local_batch
             images, labels = (_to(config.device, values) for values in (batch.images, batch.labels))
             del batch  # nothing may refer to the memory but the caller's tensors
-            yield local_batch, normalized(images, normalization) if images.dtype == torch.uint8 else images, labels
+            images = normalized(images, normalization) if images.dtype == torch.uint8 else images.permute(0, 3, 1, 2)
+            yield local_batch, images, labels
             del images, labels
     finally:
         for batch in pending:
@@ -132,7 +133,6 @@ def _to(device: torch.device, values: NDArray[Any]) -> torch.Tensor:
 
 
 def normalized(pixels: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-    """float32 (B, 3, H, W) of uint8 (B, H, W, 3), by the tables (3, 256): to the last bit as on a CPU."""
-    levels = pixels.permute(0, 3, 1, 2).to(torch.int32, memory_format=torch.contiguous_format)
-    levels += torch.arange(0, 768, 256, dtype=torch.int32, device=pixels.device).view(3, 1, 1)
-    return tables.flatten().index_select(0, levels.flatten()).view(levels.shape)
+    """float32 (B, 3, H, W) of uint8 (B, H, W, 3), by the tables (256, 3): to the last bit as on a CPU."""
+    places = torch.add(torch.arange(3, dtype=torch.int32, device=pixels.device), pixels, alpha=3)
+    return tables.flatten().index_select(0, places.flatten()).view(places.shape).permute(0, 3, 1, 2)

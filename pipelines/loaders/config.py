@@ -96,7 +96,8 @@ class Loader(Protocol):
         call ends an earlier iteration that was not finished.
 
         Yields:
-            The local batch; images float32 (B, 3, size, size), (x/255 - mean)/std; labels int64 (B,).
+            The local batch; images float32 (B, 3, size, size), (x/255 - mean)/std, in the memory format channels_last,
+            in which convolutions are faster; labels int64 (B,).
 
         Raises:
             ValueError: bad data, with the shard and the sample; or a local batch larger than `batch_size`.

@@ -167,10 +167,10 @@ class DaliLoader(IndexedLoader):
                 except RuntimeError as error:
                     self._repair(error)
         else:
-            images = torch.empty((0, 3, self._config.size, self._config.size), device=self._config.device)
+            images = torch.empty((0, self._config.size, self._config.size, 3), device=self._config.device)
         self._running.popleft()
         labels = torch.from_numpy(self._labels[run.samples].astype(np.int64))
-        return run.local_batch, images, labels.to(self._config.device)
+        return run.local_batch, images.permute(0, 3, 1, 2), labels.to(self._config.device)
 
     def _outputs(self, stream: Any) -> torch.Tensor:
         assert self._pipeline is not None
@@ -274,7 +274,7 @@ class DaliLoader(IndexedLoader):
                 images,
                 mirror=source("mirror", types.INT32, 0) if self._augmentation.flip else 0,
                 dtype=types.FLOAT,
-                output_layout="CHW",
+                output_layout="HWC",
                 mean=[255 * value for value in config.mean],
                 std=[255 * value for value in config.std],
                 **padding,
