@@ -25,8 +25,9 @@ class DataSettings:
     path: str = "fashion-mnist"
     """Directory of a prepared data set or of shards, or their URLs with braces, https://host/train-{0000..0146}.tar
     (http, https, s3, gs or file); ``fashion-mnist`` is ./data/fashion-mnist, prepared on first use."""
-    backend: Literal["dali", "torch", "webdataset", "synthetic"] = "dali"
-    """Loader that decodes and augments the training batches; webdataset streams, so evaluation uses torch there."""
+    backend: Literal["dali", "torch", "resident", "webdataset", "synthetic"] = "dali"
+    """Loader that decodes and augments the batches. resident: all images on the device, decoded once, where they fit
+    there and the augmentation only flips and shifts. webdataset streams, so evaluation uses torch there."""
     on_error: Literal["stop", "skip"] = "stop"
     """At a sample that cannot be read or decoded: stop the run, or take the next sample and count it."""
     shuffle: Literal["full", "window"] = "full"
