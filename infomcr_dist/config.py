@@ -82,13 +82,6 @@ class DataSettings:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"data.{name}", "at least 1", value)
         _require(0 <= self.color_jitter < 1, "data.color_jitter", "in [0, 1)", self.color_jitter)
-        parts = ("train_images", "confusion_images", "holdout_images")
-        if self.backend == "webdataset" and any(getattr(self, name) for name in parts):
-            got = ", ".join(f"{name}={getattr(self, name)}" for name in parts)
-            raise ValueError(
-                "data.backend=webdataset streams whole shards, it cannot select images or change labels, "
-                f"got {got}: use dali or torch"
-            )
         for name in ("confusion_images", "holdout_images", "cache_bytes"):
             _require(getattr(self, name) >= 0, f"data.{name}", "at least 0", getattr(self, name))
         if self.confusion_images and self.train_images is None:
