@@ -25,8 +25,9 @@ class DataSettings:
     path: str = "fashion-mnist"
     """Directory of a prepared data set or of shards, or their URLs with braces, https://host/train-{0000..0146}.tar
     (http, https, s3, gs or file); ``fashion-mnist`` is ./data/fashion-mnist, prepared on first use."""
-    backend: Literal["dali", "torch", "webdataset", "synthetic"] = "dali"
-    """Loader that decodes and augments the training batches; webdataset streams, so evaluation uses torch there."""
+    backend: Literal["dali", "torch", "resident", "webdataset", "synthetic"] = "dali"
+    """Loader that decodes and augments the batches. resident: all images on the device, decoded once, where they fit
+    there and the augmentation only flips and shifts. webdataset streams, so evaluation uses torch there."""
     on_error: Literal["stop", "skip"] = "stop"
     """At a sample that cannot be read or decoded: stop the run, or take the next sample and count it."""
     shuffle: Literal["full", "window"] = "full"
@@ -81,13 +82,6 @@ class DataSettings:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"data.{name}", "at least 1", value)
         _require(0 <= self.color_jitter < 1, "data.color_jitter", "in [0, 1)", self.color_jitter)
-        parts = ("train_images", "confusion_images", "holdout_images")
-        if self.backend == "webdataset" and any(getattr(self, name) for name in parts):
-            got = ", ".join(f"{name}={getattr(self, name)}" for name in parts)
-            raise ValueError(
-                "data.backend=webdataset streams whole shards, it cannot select images or change labels, "
-                f"got {got}: use dali or torch"
-            )
         for name in ("confusion_images", "holdout_images", "cache_bytes"):
             _require(getattr(self, name) >= 0, f"data.{name}", "at least 0", getattr(self, name))
         if self.confusion_images and self.train_images is None:

@@ -39,7 +39,7 @@ def test_help_shows_usage_exit_codes_and_every_setting(name: str, capsys: pytest
     # Written out once, independently of where they come from.
     if name == "train":
         assert "regularizer.beta=float Weight β of the penalty. (default: 10.0)" in text
-        assert "data.backend=dali|torch|webdataset|synthetic Loader" in text
+        assert "data.backend=dali|torch|resident|webdataset|synthetic Loader" in text
         assert "optimizer.clip_gradient_norm=float|null" in text
         assert "RECIPE one recipe or one of cifar10, demo, imagenet128 (default: demo)" in text
 
@@ -189,7 +189,7 @@ def test_a_bug_keeps_its_traceback() -> None:
         ("study ta", {"table_1", "table_2", "table_3"}),
         ("train data.b", {"data.backend=", "data.batch_size="}),
         ("train cifar10 epochs=3 regularizer.e", {"regularizer.epoch=", "regularizer.estimator="}),
-        ("train data.backend=", {"dali", "torch", "webdataset", "synthetic"}),
+        ("train data.backend=", {"dali", "torch", "resident", "webdataset", "synthetic"}),
         ("train data.backend=w", {"webdataset "}),
         ("train --data.back", {"--data.backend "}),
         ("train --data.backend d", {"dali "}),

@@ -180,7 +180,7 @@ def test_a_damaged_sample_stops_the_iteration_but_not_the_loader(tmp_path: Path,
     ("settings", "message"),
     [
         ({"augmentation": "mixup"}, "augmentation must be one of none, flip, .* got 'mixup'"),
-        ({"backend": "ffcv"}, "backend must be dali, torch, webdataset or synthetic, got 'ffcv'"),
+        ({"backend": "ffcv"}, "backend must be dali, torch, resident, webdataset or synthetic, got 'ffcv'"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"color_jitter": 1.0}, r"color_jitter must be in 0\.\.1, 1 excluded, got 1\.0"),
         ({"on_error": "ignore"}, "on_error must be stop or skip, got 'ignore'"),

@@ -179,6 +179,12 @@ time.sleep(600)
         kill_and_see_all_end(parent, 2)
 
 
+def test_a_process_of_a_killed_doctor_ends() -> None:
+    script = "import time; from infomcr_dist.doctor import memory; memory.in_own_process('', '', time.sleep, 600)"
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, text=True) as parent:
+        kill_and_see_all_end(parent, 2)
+
+
 def test_the_processes_of_a_killed_preparation_end(tmp_path: Path) -> None:
     source = make_folder(tmp_path / "source", per_class=100, height=256, width=256)
     for number in range(20):  # each link is a class of its own

@@ -6,14 +6,13 @@ rate of 0.
 
 from __future__ import annotations
 
+import os
 import resource
-import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +27,8 @@ from infomcr_dist.preflight import check_run
 from infomcr_dist.schedules import LearningRate, PenaltyWeight
 from infomcr_dist.step import PenaltySettings, build_optimizer, penalty_settings, train_step
 from infomcr_dist.world import SingleProcess, World
+from pipelines.free_memory import free_memory
+from pipelines.pools import begin_worker
 
 T = TypeVar("T")
 
@@ -165,7 +166,7 @@ def in_own_process(failure: str, remedy: str, function: Callable[..., T], *argum
     Raises:
         ValueError: the process ran out of memory, or was killed.
     """
-    with ProcessPoolExecutor(1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), begin_worker, (os.getpid(),)) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool:
@@ -247,18 +248,6 @@ def start_alone(local_rank: int, threads: int, room: int) -> tuple[World, int]:
     torch.set_num_threads(threads)
     keep_freed_memory()
     return world, room
-
-
-def free_memory() -> int:
-    """Bytes that processes may still take on this host, or in this container."""
-    facts = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(facts["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
-    except OSError:  # the root of all groups, or another version of them
-        return free
 
 
 class _Alone(SingleProcess):

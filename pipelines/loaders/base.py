@@ -88,17 +88,17 @@ def batches_in_order(
     config: LoaderConfig,
     start: Callable[[LocalBatch], Pending],
     check: Callable[[], None],
-    tables: NDArray[np.float32],
+    tables: NDArray[np.float32] | None,
 ) -> Iterator[Batch]:
     """Each local batch with its images and labels, `config.prefetch` of them started ahead of use.
 
     Args:
         start: begins a batch.
         check: raises if this iteration has ended.
-        tables: of the normalization, (256, 3).
+        tables: of the normalization, (256, 3); None: images of bytes stay as they are.
     """
     pending: deque[Pending] = deque()
-    normalization = torch.from_numpy(tables).to(config.device)
+    normalization = None if tables is None else torch.from_numpy(tables).to(config.device)
     try:
         while True:
             check()
@@ -114,9 +114,12 @@ def batches_in_order(
                 batch.cancel()
                 raise
             local_batch = batch.local_batch
-            images, labels = (_to(config.device, values) for values in (batch.images, batch.labels))
+            images, labels = (to_device(config.device, values) for values in (batch.images, batch.labels))
             del batch  # nothing may refer to the memory but the caller's tensors
-            images = normalized(images, normalization) if images.dtype == torch.uint8 else images.permute(0, 3, 1, 2)
+            if normalization is not None:
+                images = (
+                    normalized(images, normalization) if images.dtype == torch.uint8 else images.permute(0, 3, 1, 2)
+                )
             yield local_batch, images, labels
             del images, labels
     finally:
@@ -124,7 +127,8 @@ def batches_in_order(
             batch.cancel()
 
 
-def _to(device: torch.device, values: NDArray[Any]) -> torch.Tensor:
+def to_device(device: torch.device, values: NDArray[Any]) -> torch.Tensor:
+    """The values on the device, for which nobody waits; on a CPU they share their memory."""
     tensor = torch.from_numpy(values)
     if device.type == "cuda":
         # PyTorch does not use pinned memory again before the copies from it have ended: nobody has to wait for them.

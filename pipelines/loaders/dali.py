@@ -26,7 +26,7 @@ from ..format import Split
 from ..sampler import Ids, LocalBatch
 from .base import IndexedLoader, check_size
 from .config import Batch, LoaderConfig
-from .reader import Files, SampleError, Workers, chunks
+from .reader import Files, SampleError, Workers, chunks, reading_threads
 
 types: Any = nvidia.dali.types  # its members are made at import, unseen by type checkers
 
@@ -57,7 +57,8 @@ class DaliLoader(IndexedLoader):
 
     def __init__(self, split: Split, config: LoaderConfig) -> None:
         super().__init__(split, config)
-        self._files, self._workers = Files(split, config.threads, config.cache_bytes), Workers(config.threads)
+        self._readers = reading_threads(split, config.threads)
+        self._files, self._workers = Files(split, self._readers, config.cache_bytes), Workers(self._readers)
         size = config.size
         self._boxes = bool(self._augmentation.area or self._augmentation.center)
         self._resizes = self._boxes or split.sides != (size, size)
@@ -129,7 +130,7 @@ class DaliLoader(IndexedLoader):
                 encoded.append(image)
             return encoded
 
-        tasks = [self._workers.submit(partial(read, piece)) for piece in chunks(samples, self._config.threads)]
+        tasks = [self._workers.submit(partial(read, piece)) for piece in chunks(samples, self._readers)]
         return _Read(local_batch, samples, tasks)
 
     def _read_one(self, sample: int) -> tuple[int, bytes]:

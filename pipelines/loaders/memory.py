@@ -99,10 +99,12 @@ class Buffers:
     Fresh memory of this size comes from the kernel page by page, which costs a fifth of the decoding.
     """
 
-    def __init__(self, config: LoaderConfig) -> None:
+    def __init__(self, config: LoaderConfig, normalize: bool = True) -> None:
+        """Of bytes, also for a CPU, without `normalize`."""
         descriptor = os.memfd_create("batches", os.MFD_CLOEXEC)
         weakref.finalize(self, os.close, descriptor)
-        self.memory = Memory(descriptor, config.threads, config.batch_size, config.size, is_normalized(config))
+        normalized = normalize and is_normalized(config)
+        self.memory = Memory(descriptor, config.threads, config.batch_size, config.size, normalized)
         self._count, self._free = 0, list[int]()
 
     def take(self, count: int) -> tuple[int, NDArray[Any]]:
