@@ -32,6 +32,7 @@ from infomcr_dist.engines import run_in_world
 from infomcr_dist.evaluate import Curvature, Errors, estimate_curvature, estimate_robustness, evaluate
 from infomcr_dist.experiment import compute_threads, eval_loader_config, measured_images, open_data, select_splits
 from infomcr_dist.functional import dot, functional_loss, trainable_parameters
+from infomcr_dist.precision import set_ieee_float32
 from infomcr_dist.records import finite
 from infomcr_dist.regularizer import sub_batch_penalty
 from infomcr_dist.world import World
@@ -221,6 +222,7 @@ def main(arguments: list[str]) -> int:
         settings = load(MeasureSettings, None, overrides)
     except ValueError as error:
         mistake = error  # raised once the workers are connected, so that rank 0 alone reports it
+    set_ieee_float32()
 
     def body(world: World) -> int:
         with world.synchronize_errors():

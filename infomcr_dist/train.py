@@ -33,6 +33,7 @@ from infomcr_dist.config import Config
 from infomcr_dist.engines import run_in_world
 from infomcr_dist.evaluate import Curvature, Errors, estimate_curvature, evaluate
 from infomcr_dist.experiment import measured_images
+from infomcr_dist.precision import set_deterministic, set_ieee_float32
 from infomcr_dist.progress import Durations, epoch_line, summary
 from infomcr_dist.records import (
     EndRecord,
@@ -222,6 +223,8 @@ def main(arguments: list[str]) -> int:
         config = load(Config, Path(recipe), overrides)
     except ValueError as error:
         mistake = error  # raised once the workers are connected, so that rank 0 alone reports it
+    set_ieee_float32()
+    set_deterministic(config.deterministic)
 
     def body(world: World) -> int:
         stop = StopRequest(config.shutdown_timeout_seconds)
