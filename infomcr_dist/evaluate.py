@@ -35,8 +35,9 @@ class Errors:
 def evaluate(model: nn.Module, loader: Loader, split: Split, batch_size: int, world: World) -> Errors:
     """Errors over the whole split, every image counted once; every worker takes its share and gets the result."""
     totals = [0.0, 0.0, 0.0, 0.0]
+    batches = evaluation_batches(len(split), batch_size, world.rank, world.size)
     with evaluating(model):
-        for _, images, labels in _read(loader, evaluation_batches(len(split), batch_size, world.rank, world.size)):
+        for _, images, labels in _read(loader, batches, world):
             if len(labels):
                 totals = [a + b for a, b in zip(totals, _count(model(images), labels), strict=True)]
     loss, top1, top5, samples = world.sum(totals)
@@ -75,7 +76,7 @@ def estimate_curvature(
         params = {name: p.detach() for name, p in model.named_parameters()}
         own = [
             astuple(spectrum(gradient_gram(loss_fn, params, (images, labels))))
-            for _, images, labels in _read(loader, trials)
+            for _, images, labels in _read(loader, trials, world)
         ]
     by_rank = world.gather(own)
     spectra = [Spectrum(*by_rank[trial % world.size][trial // world.size]) for trial in range(settings.trials)]
@@ -96,14 +97,16 @@ def estimate_robustness(
         replace(batch, samples=pool[batch.samples])
         for batch in evaluation_batches(len(pool), _ROBUSTNESS_BATCH, world.rank, world.size)
     )
-    own = [value for _, images, _ in _read(loader, batches) for value in robustness(model, images).tolist()]
+    own = [value for _, images, _ in _read(loader, batches, world) for value in robustness(model, images).tolist()]
     return estimate([value for values in world.gather(own) for value in values])
 
 
-def _read(loader: Loader, local_batches: Iterable[LocalBatch]) -> Iterator[Batch]:
-    """The loader's batches; UserError if a sample cannot be read."""
+def _read(loader: Loader, local_batches: Iterable[LocalBatch], world: World) -> Iterator[Batch]:
+    """The loader's batches, each of them progress of this worker; UserError if a sample cannot be read."""
     try:
-        yield from loader.batches(local_batches)
+        for batch in loader.batches(local_batches):
+            world.progress += 1
+            yield batch
     except ValueError as error:
         raise UserError(f"data: {error}") from error
 

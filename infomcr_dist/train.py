@@ -50,7 +50,7 @@ from infomcr_dist.signals import StopRequest
 from infomcr_dist.state import Committed
 from infomcr_dist.step import train_step
 from infomcr_dist.watchdog import Watchdog
-from infomcr_dist.world import HostsChanged, Stopped, UserError, World
+from infomcr_dist.world import SLOW, HostsChanged, Stopped, UserError, World
 from pipelines.console import detached, reader_gone
 from pipelines.options import load
 from pipelines.random_streams import Stream, torch_seed
@@ -66,6 +66,7 @@ def train(run: Run, stop: StopRequest) -> None:
     durations = Durations()
     metric_time = TimeFraction(config.metric.max_time_fraction, began=time.perf_counter())
     test = train = metric = None
+    world.patience = SLOW
     run.commit()
     for epoch in range(state.epoch, config.epochs):
         last = epoch + 1 == config.epochs
@@ -138,6 +139,8 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
         torch.manual_seed(torch_seed(Stream.STEP, config.seed, step, world.rank))
         num_penalized = None if beta is None else experiment.num_penalized(batch, step, state.overhead_budget)
         penalty = run.penalty(num_penalized, beta)
+        phase: Phase = "plain" if penalty is None else "regularized"
+        world.patience = 1.0 if durations.count(phase) else SLOW
         result = train_step(
             state.model,
             criterion,
@@ -151,11 +154,11 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
             max_batch_size=config.data.max_batch_size,
             flags=(stop.requested, world.hosts_changed()),
         )
+        world.progress, world.patience = world.progress + 1, SLOW
         if result.finite:
             loss_sum += result.loss * batch.global_size
             images_seen += batch.global_size
         state.step, state.epoch_loss = step + 1, (loss_sum, images_seen)
-        phase: Phase = "plain" if penalty is None else "regularized"
         now = time.perf_counter()
         durations.add(phase, now - began)
         record = StepRecord(
@@ -230,8 +233,8 @@ def main(arguments: list[str]) -> int:
         stop = StopRequest(config.shutdown_timeout_seconds)
         with ExitStack() as stack:
             stack.callback(stop.close)
-            if config.hang_timeout_seconds is not None and world.size > 1:
-                stack.callback(Watchdog(f"rank {world.rank}", config.hang_timeout_seconds).close)
+            if config.hang_timeout_seconds is not None:
+                stack.callback(Watchdog(world, config.hang_timeout_seconds).close)
             if config.pid_dir is not None:
                 stack.callback(_pid_file(config.pid_dir, world).unlink, missing_ok=True)
             _run_with_restarts(config, Path(recipe), mistake, world, stop)
@@ -270,6 +273,7 @@ def _run_with_restarts(
                 reason = "hosts_changed" if isinstance(error, HostsChanged) else "worker_lost"
                 committed.restarts[reason] = committed.restarts.get(reason, 0) + 1
         finally:
+            world.patience = math.inf
             if run is not None:
                 run.close()
         world.restart()

@@ -89,6 +89,11 @@ def at(moment: str, strike: Callable[[], None]) -> None:
         checkpoint._Hashing.write = struck_within  # type: ignore[method-assign]
 
 
+def waits_for_ever() -> None:
+    """As a main thread waits for a kernel or a collective that never ends: its other threads run."""
+    os.read(os.pipe()[0], 1)
+
+
 def not_finite() -> None:
     """The next gradient of this worker is not finite, once."""
     backward = step.regularized_backward
