@@ -32,15 +32,21 @@ class Errors:
     samples: int
 
 
-def evaluate(model: nn.Module, loader: Loader, split: Split, batch_size: int, world: World) -> Errors:
-    """Errors over the whole split, every image counted once; every worker takes its share and gets the result."""
-    totals = [0.0, 0.0, 0.0, 0.0]
+def evaluate(
+    model: nn.Module, loader: Loader, split: Split, batch_size: int, world: World, *, bf16: bool = False
+) -> Errors:
+    """Errors over the whole split, every image counted once; every worker takes its share and gets the result.
+
+    With ``bf16`` the network runs under autocast to bfloat16, as in training; the loss is taken in float64. The sums
+    stay on the device until the last batch.
+    """
+    totals = torch.zeros(4, dtype=torch.float64, device=world.device)
     batches = evaluation_batches(len(split), batch_size, world.rank, world.size)
-    with evaluating(model):
+    with evaluating(model), torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
         for _, images, labels in _read(loader, batches, world):
             if len(labels):
-                totals = [a + b for a, b in zip(totals, _count(model(images), labels), strict=True)]
-    loss, top1, top5, samples = world.sum(totals)
+                totals += _count(model(images), labels)
+    loss, top1, top5, samples = world.sum(totals.tolist())
     return Errors(loss / samples, top1 / samples, top5 / samples, int(samples))
 
 
@@ -123,11 +129,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _count(logits: Tensor, labels: Tensor) -> list[float]:
-    """Summed loss, top-1 misses, top-5 misses, images."""
+def _count(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed loss, top-1 misses, top-5 misses, images; float64 (4,) on the device."""
     loss = F.cross_entropy(logits.double(), labels, reduction="sum")
     best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-    return [loss.item(), float((~best[:, 0]).sum()), float((~best.any(dim=1)).sum()), float(len(labels))]
+    return torch.stack([loss, (~best[:, 0]).sum(), (~best.any(dim=1)).sum(), loss.new_full((), len(labels))])
 
 
 def _trial_batch(trial: int, pool: np.ndarray, samples: int, seed: int) -> LocalBatch:

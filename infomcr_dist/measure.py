@@ -91,8 +91,9 @@ def measure(path: Path, settings: MeasureSettings, world: World) -> Measurement:
     metric = MetricSettings(trials=settings.trials, samples=settings.samples, images=settings.images)
     criterion = torch.nn.functional.cross_entropy
     scaled = criterion if settings.logit_scale is None else logit_scaled(criterion, settings.logit_scale)
-    train_errors = evaluate(model, train_loader, train, settings.batch_size, world)
-    test_errors = evaluate(model, test_loader, test, settings.batch_size, world)
+    bf16 = config.precision == "bf16"
+    train_errors = evaluate(model, train_loader, train, settings.batch_size, world, bf16=bf16)
+    test_errors = evaluate(model, test_loader, test, settings.batch_size, world, bf16=bf16)
     curvature = estimate_curvature(model, train_loader, measured, metric, settings.seed, world, scaled)
     robustness = estimate_robustness(model, train_loader, measured, settings.images, settings.seed, world)
     penalty = penalty_share(model, train_loader, train, config, settings.seed, world)

@@ -285,8 +285,8 @@ def _pid_file(directory: str, world: World) -> Path:
 
 def _errors(run: Run, split: Literal["train", "test"]) -> Errors:
     loader = run.test_loader if split == "test" else run.train_eval_loader
-    batch_size = run.config.evaluation.batch_size
-    errors = evaluate(run.state.model, loader, run.experiment.splits[split], batch_size, run.world)
+    batch_size, bf16 = run.config.evaluation.batch_size, run.config.precision == "bf16"
+    errors = evaluate(run.state.model, loader, run.experiment.splits[split], batch_size, run.world, bf16=bf16)
     run.telemetry.log(EvaluationRecord(run.state.step, run.state.epoch + 1, split, **vars(errors)))
     return errors
 

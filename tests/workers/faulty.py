@@ -69,10 +69,10 @@ def at(moment: str, strike: Callable[[], None]) -> None:
     elif moment == "evaluation":
         evaluate = train.evaluate
 
-        def struck_before(*args: Any) -> Any:
+        def struck_before(*args: Any, **settings: Any) -> Any:
             if steps >= STEP:
                 once()
-            return evaluate(*args)
+            return evaluate(*args, **settings)
 
         train.evaluate = struck_before
     elif moment == "save":
