@@ -85,8 +85,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
     """No autocast on `device`, and neither TF32 nor bfloat16 inside float32 products, while it lasts.
 
     The precision of float32 products is the process's: other threads compute in full precision meanwhile. Calls may
-    overlap; after the last of them every flag is as it was, unless the user has set it in between. In a process that
-    has set no precision, `torch.backends.cudnn.allow_tf32` cannot be read meanwhile; see `set_ieee_float32`.
+    overlap; after the last of them every flag is as it was, unless the user has set it in between. Where
+    `torch.backends.cudnn.allow_tf32` is True, as it is at first, torch refuses to read it meanwhile.
     """
     with _float32(), torch.autocast(device.type, enabled=False):
         yield
