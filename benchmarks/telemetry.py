@@ -39,7 +39,8 @@ def main(steps: int) -> None:
 
     step_seconds, record_seconds = [], []
     with tempfile.TemporaryDirectory() as folder:
-        telemetry = Telemetry(TelemetrySettings(port=PORT), rank=0, local_rank=0, world_size=1, info={})
+        settings, device = TelemetrySettings(port=PORT), torch.device("cpu")
+        telemetry = Telemetry(settings, rank=0, local_rank=0, world_size=1, device=device, info={})
         telemetry.begin(Path(folder) / "records.jsonl", steps, 0)
         scraper = threading.Thread(target=scrape)
         scraper.start()

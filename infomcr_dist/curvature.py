@@ -41,8 +41,8 @@ class Estimate:
 
 
 def spectrum(gram: Tensor) -> Spectrum:
-    """ln det xi by Cholesky, and the eigenvalues' summary, of one Gram matrix (N', N'), in float64."""
-    gram = gram.double()
+    """ln det xi by Cholesky, and the eigenvalues' summary, of one Gram matrix (N', N'), in float64 on the CPU."""
+    gram = gram.double().cpu()
     factor, failed = torch.linalg.cholesky_ex(gram)
     log_determinant = math.nan if failed else float(2 * factor.diagonal().log().sum())
     eigenvalues = torch.linalg.eigvalsh(gram) / len(gram)

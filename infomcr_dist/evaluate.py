@@ -32,14 +32,21 @@ class Errors:
     samples: int
 
 
-def evaluate(model: nn.Module, loader: Loader, split: Split, batch_size: int, world: World) -> Errors:
-    """Errors over the whole split, every image counted once; every worker takes its share and gets the result."""
-    totals = [0.0, 0.0, 0.0, 0.0]
-    with evaluating(model):
-        for _, images, labels in _read(loader, evaluation_batches(len(split), batch_size, world.rank, world.size)):
+def evaluate(
+    model: nn.Module, loader: Loader, split: Split, batch_size: int, world: World, *, bf16: bool = False
+) -> Errors:
+    """Errors over the whole split, every image counted once; every worker takes its share and gets the result.
+
+    With ``bf16`` the network runs under autocast to bfloat16, as in training; the loss is taken in float64. The sums
+    stay on the device until the last batch.
+    """
+    totals = torch.zeros(4, dtype=torch.float64, device=world.device)
+    batches = evaluation_batches(len(split), batch_size, world.rank, world.size)
+    with evaluating(model), torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
+        for _, images, labels in _read(loader, batches, world):
             if len(labels):
-                totals = [a + b for a, b in zip(totals, _count(model(images), labels), strict=True)]
-    loss, top1, top5, samples = world.sum(totals)
+                totals += _count(model(images), labels)
+    loss, top1, top5, samples = world.sum(totals.tolist())
     return Errors(loss / samples, top1 / samples, top5 / samples, int(samples))
 
 
@@ -75,7 +82,7 @@ def estimate_curvature(
         params = {name: p.detach() for name, p in model.named_parameters()}
         own = [
             astuple(spectrum(gradient_gram(loss_fn, params, (images, labels))))
-            for _, images, labels in _read(loader, trials)
+            for _, images, labels in _read(loader, trials, world)
         ]
     by_rank = world.gather(own)
     spectra = [Spectrum(*by_rank[trial % world.size][trial // world.size]) for trial in range(settings.trials)]
@@ -96,14 +103,16 @@ def estimate_robustness(
         replace(batch, samples=pool[batch.samples])
         for batch in evaluation_batches(len(pool), _ROBUSTNESS_BATCH, world.rank, world.size)
     )
-    own = [value for _, images, _ in _read(loader, batches) for value in robustness(model, images).tolist()]
+    own = [value for _, images, _ in _read(loader, batches, world) for value in robustness(model, images).tolist()]
     return estimate([value for values in world.gather(own) for value in values])
 
 
-def _read(loader: Loader, local_batches: Iterable[LocalBatch]) -> Iterator[Batch]:
-    """The loader's batches; UserError if a sample cannot be read."""
+def _read(loader: Loader, local_batches: Iterable[LocalBatch], world: World) -> Iterator[Batch]:
+    """The loader's batches, each of them progress of this worker; UserError if a sample cannot be read."""
     try:
-        yield from loader.batches(local_batches)
+        for batch in loader.batches(local_batches):
+            world.progress += 1
+            yield batch
     except ValueError as error:
         raise UserError(f"data: {error}") from error
 
@@ -120,11 +129,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _count(logits: Tensor, labels: Tensor) -> list[float]:
-    """Summed loss, top-1 misses, top-5 misses, images."""
+def _count(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed loss, top-1 misses, top-5 misses, images; float64 (4,) on the device."""
     loss = F.cross_entropy(logits.double(), labels, reduction="sum")
     best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-    return [loss.item(), float((~best[:, 0]).sum()), float((~best.any(dim=1)).sum()), float(len(labels))]
+    return torch.stack([loss, (~best[:, 0]).sum(), (~best.any(dim=1)).sum(), loss.new_full((), len(labels))])
 
 
 def _trial_batch(trial: int, pool: np.ndarray, samples: int, seed: int) -> LocalBatch:

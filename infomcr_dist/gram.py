@@ -31,7 +31,7 @@ from infomcr_dist.inspection import check_leaves
 from infomcr_dist.precision import full_precision, math_attention
 
 BLOCK_BYTES = 256 * 2**20  # of J held at a time
-CACHE_BYTES = 4 * 2**20  # of a layer's input patches held at a time
+CACHE_BYTES = 4 * 2**20  # of a layer's input patches held at a time on a CPU; a GPU takes a block, in few launches
 
 
 def gradient_gram(loss_fn: LossFunction, params: Params, batch: Batch, chunk: int | None = None) -> Tensor:
@@ -155,6 +155,7 @@ class _Sum:
     def __init__(self, like: Tensor) -> None:
         self.samples = len(like)
         self.upper = torch.zeros(self.samples, self.samples, dtype=torch.float64, device=like.device)
+        self.patch_bytes = CACHE_BYTES if like.device.type == "cpu" else BLOCK_BYTES
         self.buffers: dict[str, Tensor] = {}
         self.routes = _Routes()
 
@@ -178,7 +179,7 @@ class _Sum:
         samples, width, positions = outputs.shape
         depth, item = inputs(slice(0, 1)).shape[1], outputs.element_size()
         if samples * positions**2 * (depth + width) > (2 * positions + samples) * depth * width:
-            chunk = max(1, CACHE_BYTES // (depth * positions * item))
+            chunk = max(1, self.patch_bytes // (depth * positions * item))
             for part in outputs.split(max(1, BLOCK_BYTES // (samples * depth * item)), dim=1):
                 rows = self.buffer("rows", (samples, part.shape[1], depth), outputs)
                 for first in range(0, samples, chunk):

@@ -32,6 +32,7 @@ from infomcr_dist.engines import run_in_world
 from infomcr_dist.evaluate import Curvature, Errors, estimate_curvature, estimate_robustness, evaluate
 from infomcr_dist.experiment import compute_threads, eval_loader_config, measured_images, open_data, select_splits
 from infomcr_dist.functional import dot, functional_loss, trainable_parameters
+from infomcr_dist.precision import set_ieee_float32
 from infomcr_dist.records import finite
 from infomcr_dist.regularizer import sub_batch_penalty
 from infomcr_dist.world import World
@@ -90,8 +91,9 @@ def measure(path: Path, settings: MeasureSettings, world: World) -> Measurement:
     metric = MetricSettings(trials=settings.trials, samples=settings.samples, images=settings.images)
     criterion = torch.nn.functional.cross_entropy
     scaled = criterion if settings.logit_scale is None else logit_scaled(criterion, settings.logit_scale)
-    train_errors = evaluate(model, train_loader, train, settings.batch_size, world)
-    test_errors = evaluate(model, test_loader, test, settings.batch_size, world)
+    bf16 = config.precision == "bf16"
+    train_errors = evaluate(model, train_loader, train, settings.batch_size, world, bf16=bf16)
+    test_errors = evaluate(model, test_loader, test, settings.batch_size, world, bf16=bf16)
     curvature = estimate_curvature(model, train_loader, measured, metric, settings.seed, world, scaled)
     robustness = estimate_robustness(model, train_loader, measured, settings.images, settings.seed, world)
     penalty = penalty_share(model, train_loader, train, config, settings.seed, world)
@@ -221,6 +223,7 @@ def main(arguments: list[str]) -> int:
         settings = load(MeasureSettings, None, overrides)
     except ValueError as error:
         mistake = error  # raised once the workers are connected, so that rank 0 alone reports it
+    set_ieee_float32()
 
     def body(world: World) -> int:
         with world.synchronize_errors():

@@ -1,5 +1,6 @@
-"""Full precision while a block runs: process-wide flags of torch, shared by the threads that need them."""
+"""Process-wide flags of torch: those of a run, and full precision while a block runs, which threads may share."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -84,7 +85,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
     """No autocast on `device`, and neither TF32 nor bfloat16 inside float32 products, while it lasts.
 
     The precision of float32 products is the process's: other threads compute in full precision meanwhile. Calls may
-    overlap; after the last of them every flag is as it was, unless the user has set it in between.
+    overlap; after the last of them every flag is as it was, unless the user has set it in between. Where
+    `torch.backends.cudnn.allow_tf32` is True, as it is at first, torch refuses to read it meanwhile.
     """
     with _float32(), torch.autocast(device.type, enabled=False):
         yield
@@ -93,3 +95,33 @@ def full_precision(device: torch.device) -> Iterator[None]:
 def math_attention() -> AbstractContextManager[None]:
     """Attention in plain operations, which have a second derivative and a rule for `vmap`, while it lasts."""
     return _attention()
+
+
+def set_ieee_float32() -> None:
+    """IEEE float32 in every float32 product and convolution of this process, of any backend, from now on.
+
+    What cuDNN does on its own is TF32. Torch keeps two sets of flags, and refuses to read the older, such as
+    `torch.backends.cudnn.allow_tf32`, where the two differ: both are set.
+    """
+    torch._C._set_cudnn_allow_tf32(False)
+    torch.set_float32_matmul_precision("highest")
+    put: Any = torch._C._set_fp32_precision_setter
+    for where in _PRECISIONS:
+        put(*where, "none")
+    put(*_PRECISIONS[0], _FULL)
+
+
+def set_deterministic(deterministic: bool) -> None:
+    """Let the GPU give the same bits for the same numbers every time, or let it choose the fastest way.
+
+    Call it before the first product on a GPU. An operation that has no deterministic form warns once and runs as it is.
+    A CPU gives the same bits in either case.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    # For finding faults; it costs a pass over the memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = (
+        not deterministic
+    )  # which tries what is fastest, and may choose otherwise next time

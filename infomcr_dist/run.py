@@ -213,7 +213,14 @@ def _open_telemetry(config: Config, recipe: Path, world: World) -> Telemetry:
     info = {"model": config.model, "recipe": recipe.stem, "backend": config.data.backend}
     info |= {"engine": world.engine, "precision": config.precision, "estimator": config.regularizer.estimator}
     info |= {"derivative": config.regularizer.derivative}
-    return Telemetry(config.telemetry, rank=world.rank, local_rank=world.local_rank, world_size=world.size, info=info)
+    return Telemetry(
+        config.telemetry,
+        rank=world.rank,
+        local_rank=world.local_rank,
+        world_size=world.size,
+        device=world.device,
+        info=info,
+    )
 
 
 def _initial_state(experiment: Experiment, model: nn.Module, world: World) -> TrainState:

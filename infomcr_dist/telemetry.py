@@ -45,6 +45,7 @@ class Telemetry:
         rank: rank 0 alone has a console, a file and a Pushgateway.
         local_rank: its endpoint's port is ``settings.port + local_rank``.
         world_size: workers of the run.
+        device: of this rank; a GPU's memory is observed.
         info: what the run is, the labels of ``infomcr_run_info``.
 
     Raises:
@@ -52,10 +53,17 @@ class Telemetry:
     """
 
     def __init__(
-        self, settings: TelemetrySettings, *, rank: int, local_rank: int, world_size: int, info: dict[str, str]
+        self,
+        settings: TelemetrySettings,
+        *,
+        rank: int,
+        local_rank: int,
+        world_size: int,
+        device: torch.device,
+        info: dict[str, str],
     ) -> None:
         self._rank = rank
-        self._prometheus = _Prometheus(world_size, {"rank": str(rank), "local_rank": str(local_rank)}, info)
+        self._prometheus = _Prometheus(world_size, device, {"rank": str(rank), "local_rank": str(local_rank)}, info)
         self._pushgateway = settings.pushgateway if rank == 0 else None
         self._progress = Progress()
         self._writer: RecordWriter | None = None
@@ -199,7 +207,9 @@ _ERRORS = {
 class _Prometheus:
     """This rank's metrics."""
 
-    def __init__(self, world_size: int, rank_info: dict[str, str], run_info: dict[str, str]) -> None:
+    def __init__(
+        self, world_size: int, device: torch.device, rank_info: dict[str, str], run_info: dict[str, str]
+    ) -> None:
         self.registry = CollectorRegistry()
         self._common: dict[str, Any] = {"namespace": "infomcr", "registry": self.registry}
         common, self._total_steps = self._common, 1
@@ -224,9 +234,10 @@ class _Prometheus:
         self._gauges: dict[str, Gauge] = {}
         self._gauge("world_size").set(world_size)
         self._gauge("memory_bytes").set_function(_resident_bytes)
-        if torch.cuda.is_available():
+        if device.type == "cuda":
             gpu = Gauge("gpu_memory_bytes", "Memory that torch holds on this rank's GPU", **common)
-            gpu.set_function(torch.cuda.memory_reserved)
+            # The thread that answers a scrape has a current device of its own, the first.
+            gpu.set_function(lambda: torch.cuda.memory_reserved(device))
 
     def begin(self, total_steps: int, done_steps: int) -> None:
         self._total_steps = total_steps

@@ -36,6 +36,7 @@ from infomcr_dist.evaluate import Curvature, Errors, estimate_curvature, evaluat
 from infomcr_dist.experiment import measured_images
 from infomcr_dist.first_order import FirstOrder
 from infomcr_dist.graphs import Graphs
+from infomcr_dist.precision import set_deterministic, set_ieee_float32
 from infomcr_dist.progress import Durations, epoch_line, summary
 from infomcr_dist.records import (
     EndRecord,
@@ -52,7 +53,7 @@ from infomcr_dist.signals import StopRequest
 from infomcr_dist.state import Committed
 from infomcr_dist.step import first_order_only, train_step
 from infomcr_dist.watchdog import Watchdog
-from infomcr_dist.world import HostsChanged, Stopped, UserError, World
+from infomcr_dist.world import SLOW, HostsChanged, Stopped, UserError, World
 from pipelines.console import detached, reader_gone
 from pipelines.options import load
 from pipelines.random_streams import Stream, torch_seed
@@ -69,6 +70,7 @@ def train(run: Run, stop: StopRequest) -> None:
     durations = Durations()
     metric_time = TimeFraction(config.metric.max_time_fraction, began=time.perf_counter())
     test = train = metric = None
+    world.patience = SLOW
     run.commit()
     for epoch in range(state.epoch, config.epochs):
         last = epoch + 1 == config.epochs
@@ -143,6 +145,8 @@ def train_epoch(
         torch.manual_seed(torch_seed(Stream.STEP, config.seed, step, world.rank))
         num_penalized = None if beta is None else experiment.num_penalized(batch, step, state.overhead_budget)
         penalty = run.penalty(num_penalized, beta)
+        phase: Phase = "plain" if penalty is None else "regularized"
+        world.patience = 1.0 if durations.count(phase) else SLOW
         result = train_step(
             state.model,
             criterion,
@@ -157,11 +161,11 @@ def train_epoch(
             flags=(stop.requested, world.hosts_changed()),
             graphs=graphs,
         )
+        world.progress, world.patience = world.progress + 1, SLOW
         if result.finite:
             loss_sum += result.loss * batch.global_size
             images_seen += batch.global_size
         state.step, state.epoch_loss = step + 1, (loss_sum, images_seen)
-        phase: Phase = "plain" if penalty is None else "regularized"
         now = time.perf_counter()
         durations.add(phase, now - began)
         record = StepRecord(
@@ -257,13 +261,15 @@ def main(arguments: list[str]) -> int:
         config = load(Config, Path(recipe), overrides)
     except ValueError as error:
         mistake = error  # raised once the workers are connected, so that rank 0 alone reports it
+    set_ieee_float32()
+    set_deterministic(config.deterministic)
 
     def body(world: World) -> int:
         stop = StopRequest(config.shutdown_timeout_seconds)
         with ExitStack() as stack:
             stack.callback(stop.close)
-            if config.hang_timeout_seconds is not None and world.size > 1:
-                stack.callback(Watchdog(f"rank {world.rank}", config.hang_timeout_seconds).close)
+            if config.hang_timeout_seconds is not None:
+                stack.callback(Watchdog(world, config.hang_timeout_seconds).close)
             if config.pid_dir is not None:
                 stack.callback(_pid_file(config.pid_dir, world).unlink, missing_ok=True)
             _run_with_restarts(config, Path(recipe), mistake, world, stop)
@@ -302,6 +308,7 @@ def _run_with_restarts(
                 reason = "hosts_changed" if isinstance(error, HostsChanged) else "worker_lost"
                 committed.restarts[reason] = committed.restarts.get(reason, 0) + 1
         finally:
+            world.patience = math.inf
             if run is not None:
                 run.close()
         world.restart()
@@ -313,8 +320,8 @@ def _pid_file(directory: str, world: World) -> Path:
 
 def _errors(run: Run, split: Literal["train", "test"]) -> Errors:
     loader = run.test_loader if split == "test" else run.train_eval_loader
-    batch_size = run.config.evaluation.batch_size
-    errors = evaluate(run.state.model, loader, run.experiment.splits[split], batch_size, run.world)
+    batch_size, bf16 = run.config.evaluation.batch_size, run.config.precision == "bf16"
+    errors = evaluate(run.state.model, loader, run.experiment.splits[split], batch_size, run.world, bf16=bf16)
     run.telemetry.log(EvaluationRecord(run.state.step, run.state.epoch + 1, split, **vars(errors)))
     return errors
 

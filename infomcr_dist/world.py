@@ -7,6 +7,7 @@ finds that hosts joined or left, the remaining workers `restart` it at its new s
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+SLOW = 10.0
+"""Patience with what is not a step that has been taken before"""
 
 
 class UserError(Exception):
@@ -64,6 +68,10 @@ class World(ABC):
     elastic: bool = False
     location: str = "its preparation"
     """Where in the run this worker is, for a message that is its last"""
+    progress: int = 0
+    """Counts what this worker has done: steps, batches of an evaluation, trials of the metric"""
+    patience: float = math.inf
+    """How many times ``hang_timeout_seconds`` this worker may take until its next progress (`watchdog`)"""
     exit_errors: tuple[type[Exception], ...] = (UserError, Stopped, Diverged, Finished)
     """What a command reports in one line and exits for: a user's mistake, or a collective that misses a worker"""
     restart_errors: tuple[type[Exception], ...] = ()

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -116,6 +115,8 @@ def promtool(debian_program: Callable[[str, str], Path]) -> Path:
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared data set of 6 classes: 260 training and 70 test images of 16 × 16, of class-dependent stripes."""
+    from PIL import Image
+
     root = tmp_path_factory.mktemp("small")
     random = np.random.default_rng(0)
     for split, count in (("train", 260), ("test", 70)):

@@ -157,7 +157,7 @@ def test_messages_in_the_questions_are_the_code_s() -> None:
 
 def metric_names() -> set[str]:
     """What an endpoint serves, from the registry itself."""
-    telemetry = _Prometheus(1, {"rank": "0", "local_rank": "0"}, {"model": "cnn"})
+    telemetry = _Prometheus(1, torch.device("cpu"), {"rank": "0", "local_rank": "0"}, {"model": "cnn"})
     for name in _GAUGES:
         telemetry._gauge(name)
     names = set()

@@ -28,7 +28,7 @@ from pipelines.options import load
 
 LINE = re.compile(r"^(?:\[\d+\]<stdout>:)?(ok  |FAIL)  (.{15}) (.*)$")
 HOROVOD = {"horovod", "nccl"} if "horovod" in ENGINES else set()
-ALONE = {"torch", *HOROVOD, "gpus", "tf32", "recipe", "data", "model", "run directory", "telemetry port", "host name",
+ALONE = {"torch", *HOROVOD, "gpus", "recipe", "data", "model", "run directory", "telemetry port", "host name",
          "clock", "allreduce", "memory", "preflight"}  # fmt: skip
 
 

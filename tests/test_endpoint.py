@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from prometheus_client import CollectorRegistry, Gauge
 
 from infomcr_dist import endpoint, telemetry
@@ -99,6 +100,20 @@ def test_addresses() -> None:
     assert refused.value.errno == errno.EADDRINUSE
 
 
+def test_the_memory_of_a_rank_is_that_of_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the current device is of the thread that answers."""
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: 1000.0 + (device.index if device else 0))
+    port = free_port()
+    for device, expected in (("cpu", None), ("cuda:3", "infomcr_gpu_memory_bytes 1003.0")):
+        settings = TelemetrySettings(port=port)
+        run = Telemetry(
+            settings, rank=3, local_rank=0, world_size=4, device=torch.device(device), info={"model": "cnn"}
+        )
+        text = scrape(port)
+        run.close()
+        assert (expected in text) if expected else ("gpu_memory" not in text)
+
+
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
@@ -114,7 +129,7 @@ def test_a_pushgateway_that_is_none_costs_a_line(
     monkeypatch.setattr(telemetry, "_PUSH_SECONDS", 1)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         settings = TelemetrySettings(port=None, pushgateway=f"127.0.0.1:{listening.getsockname()[1]}")
-        run = Telemetry(settings, rank=0, local_rank=0, world_size=1, info={"model": "cnn"})
+        run = Telemetry(settings, rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), info={"model": "cnn"})
         run.begin(tmp_path / "records.jsonl", 10, 0)
         lines: list[str] = []
         monkeypatch.setattr(run, "message", lines.append)

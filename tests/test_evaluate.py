@@ -1,15 +1,18 @@
-"""Evaluation and metric on splits with damaged samples."""
+"""Evaluation and metric: the numbers, and splits with damaged samples."""
+
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pytest
 import torch
 from data_sets import make_data_set
-from torch import nn
+from host_reads import HostReads
+from torch import Tensor, nn
 
 from infomcr_dist.config import MetricSettings
 from infomcr_dist.evaluate import Errors, estimate_curvature, estimate_robustness, evaluate
 from infomcr_dist.world import SingleProcess, UserError
-from pipelines import Dataset, Loader, LoaderConfig, OnError, open_loader
+from pipelines import Batch, Dataset, Loader, LoaderConfig, LocalBatch, OnError, open_loader
 
 
 def network() -> nn.Module:
@@ -80,3 +83,58 @@ def test_a_damaged_sample_is_skipped_alike_by_both_backends(dataset: Dataset) ->
     np.testing.assert_allclose(
         (dali.loss, dali_trace, dali_robustness), (other.loss, trace, other_robustness), rtol=1e-3
     )
+
+
+class Images:
+    """A split and its loader: random images in memory."""
+
+    skipped: dict[int, str] = {}  # noqa: RUF012
+
+    def __init__(self, count: int) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.images = torch.randn(count, 3, 8, 8, generator=generator)
+        self.labels = torch.randint(7, (count,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self, local_batches: Iterable[LocalBatch]) -> Iterator[Batch]:
+        for batch in local_batches:
+            yield batch, self.images[batch.samples], self.labels[batch.samples]
+
+    def close(self) -> None: ...
+
+
+def errors_by_numpy(logits: Tensor, labels: Tensor) -> Errors:
+    values, truth = logits.double().numpy(), labels.numpy()
+    log_sums = np.log(np.exp(values - values.max(1, keepdims=True)).sum(1)) + values.max(1)
+    losses = log_sums - values[np.arange(len(truth)), truth]
+    better = (values > values[np.arange(len(truth)), truth][:, None]).sum(1)
+    return Errors(losses.mean(), (better > 0).mean(), (better > 4).mean(), len(truth))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_errors_in_the_precision_of_training(bf16: bool) -> None:
+    torch.manual_seed(0)
+    model, data, world = (
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 7)),
+        Images(45),
+        SingleProcess(),
+    )
+    found = evaluate(model, data, data, 10, world, bf16=bf16)  # type: ignore[arg-type]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        logits = torch.cat([model(images) for images in data.images.split(10)])
+    assert logits.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    expected = errors_by_numpy(logits, data.labels)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-12)
+    assert vars(found) | {"loss": 0} == vars(expected) | {"loss": 0}
+    assert world.progress == 5, "each batch is progress"
+
+
+def test_an_evaluation_does_not_wait_for_a_batch() -> None:
+    torch.manual_seed(0)
+    model, data, world = nn.Sequential(nn.Flatten(), nn.Linear(192, 7)), Images(45), SingleProcess()
+    with HostReads() as found:
+        evaluate(model, data, data, 10, world)  # type: ignore[arg-type]
+    assert found.operators["addmm"] == 5
+    assert found.reads == 0

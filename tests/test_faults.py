@@ -88,7 +88,7 @@ def undisturbed(folder: Path) -> Any:
 
 MOMENTS = ("plain step", "regularized step", "last step of an epoch", "evaluation", "save")
 SIGNALS = [("horovod", 1, fault, moment, 0) for fault in ("SIGTERM", "SIGKILL") for moment in MOMENTS]
-SIGNALS += [("horovod", 1, "SIGINT", "regularized step", 0)]
+SIGNALS += [("horovod", 1, "SIGINT", "regularized step", 0), ("horovod", 1, "waits_for_ever", "plain step", 0)]
 # The engines take turns: each meets every kind of fault, and every moment.
 SIGNALS += [(("horovod", "torch")[i % 2], 2, "SIGTERM", moment, i < 4) for i, moment in enumerate(MOMENTS)]
 SIGNALS += [(("torch", "horovod")[i % 2], 2, "SIGKILL", moment, i < 4) for i, moment in enumerate(MOMENTS)]
@@ -98,7 +98,7 @@ SIGNALS += [("torch", 3, fault, "regularized step", 2) for fault in ("SIGKILL",)
 
 
 @pytest.mark.parametrize(("engine", "workers", "fault", "moment", "rank"), SIGNALS)
-def test_a_signal_at_any_moment(
+def test_a_fault_at_any_moment(
     folder: Path, undisturbed: Any, engine: str, workers: int, fault: str, moment: str, rank: int
 ) -> None:
     """The run ends as it should, leaves a whole checkpoint, and resumes to the very bits of an undisturbed one.
@@ -115,6 +115,9 @@ def test_a_signal_at_any_moment(
         assert saved, output
         assert checkpoint.load_newest(path, pytest.fail)[1]["step"] == int(saved[1])
         assert code == exit_code(engine if workers > 1 else "horovod", 75)
+    elif fault == "waits_for_ever":
+        assert re.search(r"error: rank 0 has made no progress for \d+ s in step 4: killed", output), output
+        assert code == -signal.SIGKILL
     elif workers > 1:
         assert "another worker is gone, or waits" in output
         if fault == "SIGSTOP":

@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 import torch
+from host_reads import HostReads
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
@@ -219,3 +220,35 @@ def test_bad_input(images: int, labels: int, chunk: int | None, message: str) ->
     batch = (batch_of()[0][:images], batch_of()[1][:labels])
     with pytest.raises(ValueError, match=message):
         gradient_gram(functional_loss(model), trainable_parameters(model), batch, chunk)
+
+
+def test_the_host_waits_for_nothing_once_the_routes_are_known() -> None:
+    """A copy of a value to the host would end the overlap of the host with a GPU, at every block."""
+    torch.manual_seed(0)
+    loss_fn, batch = functional_loss(NETS["bias, stride, few positions"]().double()), batch_of()
+    params = trainable_parameters(loss_fn.model)
+    with HostReads() as first:
+        gradient_gram(loss_fn, params, batch)
+    with HostReads() as second:
+        gradient_gram(loss_fn, params, batch)
+    assert first.reads > 0, "the rows are checked, the first time"
+    assert second.reads == 0
+
+
+def test_a_gpu_takes_a_block_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    batch = batch_of(6)
+    results, launches = [], []
+    for patch_bytes in (None, gram.BLOCK_BYTES):
+        monkeypatch.setattr(gram, "CACHE_BYTES", patch_bytes or 3 * 9 * 36 * 8 * 2)  # two images
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(288, 4)).double()
+        torch.manual_seed(0)
+        for parameter in net.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        with HostReads() as found:
+            results.append(gradient_gram(functional_loss(net), trainable_parameters(net), batch))
+        launches.append(found.operators["bmm"])
+    assert launches[0] == launches[1] + 2, "three blocks of patches, or one"
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12 * float(results[0].abs().max()))
+    of_device = {device: gram._Sum(torch.empty(2, device=device)).patch_bytes for device in ("cpu", "meta")}
+    assert of_device == {"cpu": gram.CACHE_BYTES, "meta": gram.BLOCK_BYTES}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from infomcr_dist import train
 from infomcr_dist.precision import full_precision, math_attention
 
 CPU = torch.device("cpu")
@@ -129,3 +130,72 @@ def test_attention_that_the_user_has_turned_off_stays_off() -> None:
         assert not torch.backends.cuda.flash_sdp_enabled()
     finally:
         torch.backends.cuda.enable_flash_sdp(True)
+
+
+def test_a_run_has_one_precision_which_both_sets_of_flags_show() -> None:
+    """Whatever was set before, in the older flags or in the newer ones."""
+    run_fresh(
+        "import warnings; warnings.simplefilter('error')\n"
+        "import torch\n"
+        "from infomcr_dist.precision import full_precision, set_ieee_float32\n"
+        "get, put = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter\n"
+        "def older(): torch.backends.cudnn.allow_tf32 = True\n"
+        "befores = [lambda: None, older, lambda: put('generic', 'all', 'tf32'), lambda: put('cuda', 'conv', 'tf32'),\n"
+        "           lambda: put('mkldnn', 'matmul', 'bf16'), lambda: torch.set_float32_matmul_precision('high')]\n"
+        "def check():\n"
+        "    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32\n"
+        "    assert torch.get_float32_matmul_precision() == 'highest'\n"
+        "    operations = [(b, o) for b in ('cuda', 'mkldnn') for o in ('all', 'matmul', 'conv', 'rnn')]\n"
+        "    assert {get(*operation) for operation in operations} == {'ieee'}\n"
+        "    with torch.backends.cudnn.flags(enabled=True): pass  # which reads the older flag\n"
+        "for before in befores:\n"
+        "    before()\n"
+        "    set_ieee_float32()\n"
+        "    check()\n"
+        "    with full_precision(torch.device('cpu')): check()\n"
+        "    check()\n"
+    )
+
+
+def test_deterministic_mode_needs_no_gpu_and_changes_no_bit_on_a_cpu() -> None:
+    run_fresh(
+        "import os, warnings; warnings.simplefilter('error')\n"
+        "import torch\n"
+        "from infomcr_dist.precision import set_deterministic\n"
+        "def gradient():\n"
+        "    torch.manual_seed(0)\n"
+        "    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.MaxPool2d(2))\n"
+        "    net(torch.randn(4, 3, 16, 16)).square().mean().backward()\n"
+        "    return [p.grad for p in net.parameters()]\n"
+        "before = gradient()\n"
+        "os.environ.pop('CUBLAS_WORKSPACE_CONFIG', None)\n"
+        "for deterministic in (True, False):\n"
+        "    set_deterministic(deterministic)\n"
+        "    assert torch.are_deterministic_algorithms_enabled() == deterministic\n"
+        "    assert torch.backends.cudnn.benchmark == (not deterministic)\n"
+        "    assert not torch.cuda.is_initialized()\n"
+        "    assert all(map(torch.equal, before, gradient()))\n"
+        "assert os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'\n"
+        "os.environ['CUBLAS_WORKSPACE_CONFIG'] = ':16:8'\n"
+        "set_deterministic(True)\n"
+        "assert os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':16:8', 'what the user has set stands'\n"
+    )
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_run_sets_its_flags_before_it_reaches_for_a_gpu(monkeypatch: pytest.MonkeyPatch, deterministic: bool) -> None:
+    seen = []
+
+    def connect(*_: Any) -> int:
+        seen.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark))
+        seen.append((get("cuda", "conv"), get("cuda", "matmul")))
+        return 0
+
+    monkeypatch.setattr(train, "run_in_world", connect)
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    try:
+        assert train.main([f"deterministic={str(deterministic).lower()}"]) == 0
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=True)
+        torch.backends.cudnn.benchmark = before[1]
+    assert seen == [(deterministic, not deterministic), ("ieee", "ieee")]

@@ -23,6 +23,7 @@ from infomcr_dist.allocator import keep_freed_memory
 from infomcr_dist.config import Config
 from infomcr_dist.doctor.results import Result, attempt, gigabytes
 from infomcr_dist.experiment import Experiment, compute_threads
+from infomcr_dist.precision import set_deterministic, set_ieee_float32
 from infomcr_dist.preflight import check_run
 from infomcr_dist.schedules import LearningRate, PenaltyWeight
 from infomcr_dist.step import PenaltySettings, build_optimizer, penalty_settings, train_step
@@ -190,6 +191,8 @@ def step_cost(trial: Trial, local_rank: int, threads: int, room: int) -> StepCos
     """
     world, room = start_alone(local_rank, threads, room)
     config, size = trial.config, trial.image_size
+    set_ieee_float32()
+    set_deterministic(config.deterministic)
     torch.manual_seed(config.seed)
     model = models.build(config.model, classes=trial.classes, image_size=size).to(world.device).train()
     model, optimizer = world.distribute(model, build_optimizer(config.optimizer, model))

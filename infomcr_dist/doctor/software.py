@@ -43,7 +43,7 @@ class HorovodBuild:
 
 
 def check_software(results: list[Result], world: World) -> None:
-    """The engine's build, or of a single process those installed; the GPUs of this host, NCCL and TF32."""
+    """The engine's build, or of a single process those installed; the GPUs of this host, and NCCL."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     if world.engine != "horovod":
         attempt(results, "torch", judge_backends, backends(), len(gpus))
@@ -52,7 +52,6 @@ def check_software(results: list[Result], world: World) -> None:
         if build is not None:
             attempt(results, "nccl", judge_nccl, build.nccl, len(gpus), torch.version.cuda)
     attempt(results, "gpus", judge_gpus, gpus, world.local_size, torch.version.cuda)
-    attempt(results, "tf32", tf32_state, bool(gpus))
 
 
 def judge_backends(available: list[str], gpus: int) -> str:
@@ -100,10 +99,3 @@ def judge_nccl(built: bool, gpus: int, cuda: str | None) -> str:
     if gpus and not built:
         raise ValueError(f"not built in, but torch is built for CUDA {cuda}: install libnccl-dev, then launch/setup.sh")
     return "built in" if built else "not built in, nor needed without GPUs"
-
-
-def tf32_state(gpus: bool) -> str:
-    """What torch does with float32 products on a GPU."""
-    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    state = f"{'on' if convolutions else 'off'} in cuDNN, {'on' if products else 'off'} in matrix products"
-    return state + ("; the penalty's differences switch it off" if gpus else "; without effect on a CPU")

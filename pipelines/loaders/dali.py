@@ -67,6 +67,7 @@ class DaliLoader(IndexedLoader):
         self._pipeline: Pipeline | None = None
         self._inputs: list[str] = []
         self._running: deque[_Run] = deque()
+        self._taken: deque[tuple[_Run, torch.cuda.Event]] = deque()
 
     def batches(self, local_batches: Iterable[LocalBatch]) -> Iterator[Batch]:
         """(local_batch, images, labels) of each local batch; this call ends an earlier, unfinished iteration."""
@@ -84,8 +85,9 @@ class DaliLoader(IndexedLoader):
         self._workers.close()
 
     def _free(self) -> None:
+        self._pipeline = None  # first: it may be reading what was fed
         self._running.clear()
-        self._pipeline = None
+        self._taken.clear()
 
     def _ahead(self, batches: Iterator[Batch], check: Callable[[], None]) -> Iterator[Batch]:
         """The same batches, each one prepared by the driving thread while the caller uses the one before."""
@@ -167,6 +169,8 @@ class DaliLoader(IndexedLoader):
                     break
                 except RuntimeError as error:
                     self._repair(error)
+            if stream is not None:
+                self._keep(self._running[0], stream)
         else:
             images = torch.empty((0, self._config.size, self._config.size, 3), device=self._config.device)
         self._running.popleft()
@@ -177,6 +181,14 @@ class DaliLoader(IndexedLoader):
         assert self._pipeline is not None
         # DALI's default executor passes the memory on: it is not written to again while a tensor refers to it.
         return from_dlpack(self._pipeline.outputs(stream)[0].as_tensor())
+
+    def _keep(self, run: _Run, stream: Any) -> None:
+        """Keeps the encoded images until the GPU has made its own of them: it hands its out before that."""
+        while self._taken and self._taken[0][1].query():
+            self._taken.popleft()
+        event = torch.cuda.Event()
+        event.record(stream)
+        self._taken.append((run, event))
 
     def _repair(self, error: RuntimeError) -> None:
         """Puts substitutes for what cannot be decoded into the batches inside DALI, and starts them again.
@@ -285,8 +297,9 @@ class DaliLoader(IndexedLoader):
         # The first schedule_run runs the pipeline _DEPTH times at once, and needs as many inputs.
         sides = np.full(1, config.size, np.int32)
         geometry = augment.draw(self._augmentation, 0, 0, np.zeros(1, np.int64), sides, sides)
+        encoded = [_black_jpeg(config.size)]  # until the outputs are there
         for _ in range(_DEPTH):
-            self._feed(pipeline, [_black_jpeg(config.size)], geometry)
+            self._feed(pipeline, encoded, geometry)
         pipeline.schedule_run()
         for _ in range(_DEPTH):
             pipeline.outputs()

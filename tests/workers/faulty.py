@@ -69,10 +69,10 @@ def at(moment: str, strike: Callable[[], None]) -> None:
     elif moment == "evaluation":
         evaluate = train.evaluate
 
-        def struck_before(*args: Any) -> Any:
+        def struck_before(*args: Any, **settings: Any) -> Any:
             if steps >= STEP:
                 once()
-            return evaluate(*args)
+            return evaluate(*args, **settings)
 
         train.evaluate = struck_before
     elif moment == "save":
@@ -87,6 +87,11 @@ def at(moment: str, strike: Callable[[], None]) -> None:
             return write(self, data)
 
         checkpoint._Hashing.write = struck_within  # type: ignore[method-assign]
+
+
+def waits_for_ever() -> None:
+    """As a main thread waits for a kernel or a collective that never ends: its other threads run."""
+    os.read(os.pipe()[0], 1)
 
 
 def not_finite() -> None:
