@@ -9,14 +9,13 @@ the step they are in, with that step saved. Under launch/elastic.sh workers may 
 state after the last step in memory, and a world of another size resumes from there. A worker that gets SIGTERM there
 exits after its step, and the others continue.
 
-Exit code 0: trained; 75: stopped, resume with resume=auto; 2: a mistake in the settings or the data, reported in one
-line; 1: anything else.
+Exit code 0: trained; 75: stopped, resume with resume=auto, or a port or the run directory is in use, try again later;
+2: a mistake in the settings or the data, reported in one line; 1: anything else.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from contextlib import ExitStack
@@ -28,7 +27,6 @@ from torch import nn
 
 from infomcr_dist import diagnostics
 from infomcr_dist.allocator import keep_freed_memory
-from infomcr_dist.checkpoint import write_atomically
 from infomcr_dist.cli import TRAIN
 from infomcr_dist.config import Config
 from infomcr_dist.engines import run_in_world
@@ -48,6 +46,7 @@ from infomcr_dist.records import (
     StepRecord,
 )
 from infomcr_dist.run import Run, prepare_run
+from infomcr_dist.run_lock import PidFile
 from infomcr_dist.schedules import TimeFraction
 from infomcr_dist.signals import StopRequest
 from infomcr_dist.state import Committed
@@ -208,7 +207,7 @@ def train_epoch(
         if config.compare_weights_steps and (step + 1) % config.compare_weights_steps == 0:
             diagnostics.compare_weights(run)
         run.log_saved()
-        if reader_gone():
+        if reader_gone() or world.launcher_gone():
             stop.request()
         stop_requested, hosts_changed = result.flags
         every_steps = config.checkpoint.every_steps
@@ -270,16 +269,16 @@ def main(arguments: list[str]) -> int:
             stack.callback(stop.close)
             if config.hang_timeout_seconds is not None:
                 stack.callback(Watchdog(world, config.hang_timeout_seconds).close)
-            if config.pid_dir is not None:
-                stack.callback(_pid_file(config.pid_dir, world).unlink, missing_ok=True)
-            _run_with_restarts(config, Path(recipe), mistake, world, stop)
+            pid_file = PidFile(config.pid_dir, world.local_rank)
+            stack.callback(pid_file.remove)
+            _run_with_restarts(config, Path(recipe), mistake, world, stop, pid_file)
         return 0
 
     return run_in_world(body, config.hang_timeout_seconds, config.engine)
 
 
 def _run_with_restarts(
-    config: Config, recipe: Path, mistake: Exception | None, world: World, stop: StopRequest
+    config: Config, recipe: Path, mistake: Exception | None, world: World, stop: StopRequest, pid_file: PidFile
 ) -> None:
     """Prepare and train; where an elastic world is restarted, again from the last committed step.
 
@@ -292,10 +291,7 @@ def _run_with_restarts(
             with world.synchronize_errors():
                 if mistake is not None:
                     raise mistake
-                if config.pid_dir is not None:
-                    path = _pid_file(config.pid_dir, world)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    write_atomically(path, lambda file: file.write(b"%d\n" % os.getpid()))
+                pid_file.write()
             run = prepare_run(config, recipe, world, committed)
             stop.listen()
             if committed is not None:
@@ -312,10 +308,6 @@ def _run_with_restarts(
             if run is not None:
                 run.close()
         world.restart()
-
-
-def _pid_file(directory: str, world: World) -> Path:
-    return Path(directory) / f"rank-{world.local_rank}.pid"
 
 
 def _errors(run: Run, split: Literal["train", "test"]) -> Errors:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import socket
+import threading
+import time
 from typing import Any
 
 import horovod.torch as hvd
@@ -45,9 +48,14 @@ class HorovodWorld(World):
             from horovod.common.elastic import notification_manager
 
             self.restart_errors = (HorovodInternalError, HostsChanged)
+            _reach_without_proxy(os.environ["HOROVOD_GLOO_RENDEZVOUS_ADDR"])  # asked by HTTP, through urllib
             notification_manager.init()
             notification_manager.register_listener(self)
         self.device = local_device(self.local_rank)
+        self._launcher: _Launcher | None = None
+        server = [os.environ.get(f"HOROVOD_GLOO_RENDEZVOUS_{part}") for part in ("ADDR", "PORT")]
+        if server[0] and server[1] and (self.rank == 0 or self.elastic):  # mpirun has none, and notices by itself
+            self._launcher = _Launcher(server[0], int(server[1]))
 
     def _begin(self) -> None:
         hvd.init()
@@ -60,6 +68,9 @@ class HorovodWorld(World):
 
     def hosts_changed(self) -> bool:
         return self._hosts_changed
+
+    def launcher_gone(self) -> bool:
+        return self._launcher is not None and self._launcher.gone
 
     def restart(self) -> None:
         self._hosts_changed = False
@@ -105,3 +116,42 @@ class HorovodWorld(World):
 
     def abort(self) -> None:
         hvd.shutdown()
+
+
+class _Launcher:
+    """Watches the launcher's rendezvous server: a launcher whose host is lost closes no connection to its workers.
+
+    Args:
+        host: of the server.
+        port: of the server.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self.gone = False
+        """Whether it has not answered for about half a minute"""
+        self._address = (host, port)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        failures = 0
+        while failures < 3:
+            try:
+                with socket.create_connection(self._address, timeout=5) as connection:
+                    failures = 0
+                    connection.settimeout(None)
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                    for option, value in ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 2)):
+                        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+                    while connection.recv(1024):  # until it ends: the server closes it after some seconds
+                        pass
+            except OSError:
+                failures += 1
+            time.sleep(2)
+        self.gone = True
+
+
+def _reach_without_proxy(host: str) -> None:
+    """Add a host to those that urllib reaches without the proxy of ``http_proxy``."""
+    others = os.environ.get("no_proxy", os.environ.get("NO_PROXY", ""))
+    if others != "*":
+        os.environ["no_proxy"] = f"{others},{host}" if others else host
