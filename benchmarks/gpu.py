@@ -64,6 +64,7 @@ CHECKS = {
     "loaders": Check("runs:loaders", 60),
     "recipe": Check("runs:recipe", 75),
     "steps-64": Check("steps:wrn_64", 75),
+    "deterministic": Check("steps:deterministic", 60),
     "compiled": Check("steps:compiled", 150, least=60),
     "horovod": Check("horovod_build:horovod", 420, least=200, needs_gpu=True),
 }

@@ -35,7 +35,7 @@ def test_the_checks_run_without_a_gpu(tmp_path: Path) -> None:
     assert float32["met"] is True
     steps = {row["name"].partition(": ")[2]: row["figures"] for row in found if row["check"] == "steps-resnet20"}
     assert all("ms" in figures for figures in steps.values()), steps
-    assert len(steps["fused, prototype, eager"]["alike plain"]) == 1
+    assert len(steps["fused, eager, bf16"]["alike plain"]) == 1
 
 
 def test_a_check_that_fails_costs_its_own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

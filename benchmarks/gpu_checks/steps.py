@@ -3,28 +3,27 @@
 A new way of stepping is one more entry in `ways`.
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpu_checks import Context, Row, host_synchronizations, spread
 from gpu_checks.card import copy_bytes_per_second, matmul_flop_per_second
-from gpu_checks.prototype import ALPHA, BETA, Case, Prototype, captured
+from gpu_checks.cases import ALPHA, BETA, Case, step
 from gpu_checks.timing import interleaved, kernels
-from infomcr_dist.checks import Derivative
-from infomcr_dist.config import OptimizerSettings
+from infomcr_dist.estimators import Estimator
 from infomcr_dist.functional import functional_loss, trainable_parameters
 from infomcr_dist.gram import gradient_gram
-from infomcr_dist.regularizer import Estimator
-from infomcr_dist.step import PenaltySettings, build_optimizer, train_step
-from infomcr_dist.world import SingleProcess
+from infomcr_dist.step import PenaltySettings
 
 Call = Callable[[], object]
 _ROUNDS = 9
@@ -47,82 +46,55 @@ class Way:
     """Whether the goals are meant for it"""
 
 
-def today(
-    case: Case,
-    device: str,
-    bf16: bool,
-    estimator: Estimator | None = None,
-    derivative: Derivative = "exact",
-    fraction: float = 1.0,
-) -> Call:
-    """The trainer's step as it is by default."""
-    world = SingleProcess()
-    model = case.network(device)
-    optimizer = build_optimizer(OptimizerSettings(learning_rate=1e-4), model)
-    penalty = None
-    if estimator is not None:
-        sub_batches = case.batch_size // case.sub_batch_size
-        penalty = PenaltySettings(
-            alpha=ALPHA,
-            beta=BETA,
-            sub_batch_size=case.sub_batch_size,
-            estimator=estimator,
-            num_sampled=max(1, round(fraction * sub_batches)) if estimator == "sampled" else None,
-            derivative=derivative,
-        )
-    batch = case.batch(device)
-    criterion = nn.CrossEntropyLoss()
-    return lambda: train_step(model, criterion, optimizer, world, batch, loss_scale=1.0, penalty=penalty, bf16=bf16)
-
-
-def prototype(step: Prototype, fraction: float | None = None, streams: int | None = None) -> Call:
-    """A step of the prototype: plain, or regularized over a fraction of the sub-batches; a graph on so many streams."""
-    case = step.case
-    if fraction is None:
-        call: Call = step.plain
-    else:
-        count = max(1, round(fraction * case.batch_size / case.sub_batch_size))
-        parallel = [torch.cuda.Stream() for _ in range(streams)] if streams is not None and streams > 1 else []
-        call = partial(step.regularized, parallel, count)
-    return call if streams is None else captured(call)
+def penalty(case: Case, estimator: Estimator = "fused", fraction: float = 0.25, **how: Any) -> PenaltySettings:
+    """How a step is regularized; `fraction` is for the sampled estimator."""
+    sampled = max(1, round(fraction * case.sub_batches)) if estimator == "sampled" else None
+    return PenaltySettings(ALPHA, BETA, case.sub_batch_size, estimator, sampled, **how)
 
 
 def ways(case: Case, device: str) -> dict[str, Way]:
     """Every way of taking a step, by its name in the table."""
-    found = {
-        _EAGER: Way(lambda: today(case, device, True)),
-        "plain, eager, fp32": Way(lambda: today(case, device, False)),
-        "fused, eager, fp32": Way(
-            lambda: today(case, device, False, "fused", "finite_difference"), "plain, eager, fp32", 2
-        ),
-        "fused, eager, bf16, exact": Way(lambda: today(case, device, True, "fused"), _EAGER, 2),
-        "sampled ¼, eager, bf16, exact": Way(lambda: today(case, device, True, "sampled", fraction=0.25), _EAGER, 1.25),
+    eager32, graph = "plain, eager, fp32", "plain, graph, bf16"
+    fused, sampled = penalty(case), penalty(case, "sampled")
+    exact, paper = penalty(case, derivative="exact"), penalty(case, step="alpha")
+    return {
+        _EAGER: Way(partial(step, case, device, None)),
+        eager32: Way(partial(step, case, device, None, bf16=False)),
+        "fused, eager, fp32, step α": Way(partial(step, case, device, paper, bf16=False), eager32, 2),
+        "fused, eager, bf16, exact": Way(partial(step, case, device, exact), _EAGER, 2),
+        "fused, eager, bf16": Way(partial(step, case, device, fused), _EAGER, 2),
+        "sampled ¼, eager, bf16": Way(partial(step, case, device, sampled), _EAGER, 1.25),
+        graph: Way(partial(step, case, device, None, streams=1)),
+        **{
+            f"fused, graph, bf16, streams: {streams}": Way(
+                partial(step, case, device, fused, streams=streams), graph, 2, True
+            )
+            for streams in (1, 4, 8)
+        },
+        "sampled ¼, graph, bf16, streams: 4": Way(partial(step, case, device, sampled, streams=4), graph, 1.25, True),
     }
-    return found | prototype_ways(cache(lambda: Prototype(case, device)), "prototype", device)
 
 
 def compiled_ways(case: Case, device: str) -> dict[str, Way]:
     """With compiled passes."""
-    found = {_EAGER: Way(lambda: today(case, device, True))}
-    return found | prototype_ways(cache(lambda: Prototype(case, device, compiled=True)), "prototype, compiled", device)
-
-
-def prototype_ways(step: Callable[[], Prototype], name: str, device: str) -> dict[str, Way]:
-    """Those of the prototype, which `step` gives."""
-    plain, graph = f"plain, {name}, eager", f"plain, {name}, graph"
-    found = {
-        plain: Way(lambda: prototype(step())),
-        f"fused, {name}, eager": Way(lambda: prototype(step(), 1.0), plain, 2),
+    plain = "plain, compiled, graph, bf16"
+    return {
+        _EAGER: Way(partial(step, case, device, None)),
+        plain: Way(partial(step, case, device, None, streams=1, compiled=True)),
+        **{
+            f"fused, compiled, graph, bf16, streams: {streams}": Way(
+                partial(step, case, device, penalty(case), streams=streams, compiled=True), plain, 2, True
+            )
+            for streams in (4, 8)
+        },
     }
-    if device == "cuda":
-        found |= {
-            graph: Way(lambda: prototype(step(), streams=1)),
-            f"fused, {name}, graph": Way(lambda: prototype(step(), 1.0, 1), graph, 2, True),
-            f"fused, {name}, graph, 4 streams": Way(lambda: prototype(step(), 1.0, 4), graph, 2, True),
-            f"fused, {name}, graph, 8 streams": Way(lambda: prototype(step(), 1.0, 8), graph, 2, True),
-            f"sampled ¼, {name}, graph, 4 streams": Way(lambda: prototype(step(), 0.25, 4), graph, 1.25, True),
-        }
-    return found
+
+
+def deterministic_ways(case: Case, device: str) -> dict[str, Way]:
+    """Those that a run takes by default on a GPU, deterministically."""
+    known = ways(case, device)
+    names = (_EAGER, "plain, graph, bf16", "fused, graph, bf16, streams: 8")
+    return {name: known[name] for name in names}
 
 
 def resnet20(context: Context) -> Iterator[Row]:
@@ -151,6 +123,14 @@ def compiled(context: Context) -> Iterator[Row]:
     yield from wide(context, 256, compiled_ways)
 
 
+def deterministic(context: Context) -> Iterator[Row]:
+    """WRN-18-1.5, 128 images, with deterministic algorithms alone."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before the first product
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.deterministic = True
+    yield from wide(context, 128, deterministic_ways)
+
+
 def wide(context: Context, batch_size: int, ways: Callable[[Case, str], dict[str, Way]]) -> Iterator[Row]:
     """WRN-18-1.5 at 128 × 128; tiny: a small network in its place."""
     case = Case("resnet20", 8, 10, 8, 4) if context.tiny else Case("wrn_18_1_5", 128, 1000, batch_size)
@@ -163,6 +143,7 @@ def compare(case: Case, context: Context, ways: Callable[[Case, str], dict[str, 
     what = f"{case.model}, {case.batch_size} images at {case.image_size}×{case.image_size}"
     known, calls, failed = ways(case, device), {}, {}
     began = time.monotonic()
+    torch.backends.cudnn.benchmark = not torch.backends.cudnn.deterministic
     counted: dict[str, tuple[int, int | None]] = {}
     limit_ms, explained = limit(case, context)
     yield Row(f"{what}: limit, plain", explained, figures={"ms": limit_ms})
@@ -257,7 +238,7 @@ def gamma(context: Context) -> Iterator[Row]:
         images, labels = case.batch(device)
         batch = images[:samples], labels[:samples]
         calls: dict[str, Call] = {
-            "plain": today(case, device, True),
+            "plain": step(case, device, None),
             "gram": partial(gradient_gram, loss_fn, params, batch),
         }
         seconds = interleaved(calls, 1 if context.tiny else 5, device)
