@@ -156,8 +156,8 @@ def run_check(name: str, seconds: float, settings: Settings, folder: Path) -> tu
     if code == 0:
         return found, None
     newest = max([log, *work.rglob("log")], key=lambda path: path.stat().st_mtime)  # its own, or that of a run it made
-    for path in {log, newest}:
-        print(path.read_text(errors="replace")[-3000:], file=sys.stderr, flush=True)
+    for file_path in {log, newest}:
+        print(file_path.read_text(errors="replace")[-3000:], file=sys.stderr, flush=True)
     last = next(
         (text for text in reversed(newest.read_text(errors="replace").splitlines()) if text.strip()), "no output"
     )

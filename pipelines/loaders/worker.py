@@ -130,12 +130,13 @@ class _Worker:
         self._index.clear()
         self._index.update(zip(samples, rows["entry"], strict=True))
         drawn = list(map(augment.Row, rows["steps"].tolist(), rows["jitter"].tolist()))
-        reads = [partial(self._files.read, sample) for sample in samples]
+        reads: list[Callable[[], bytes]] = [partial(self._files.read, sample) for sample in samples]
         if self._workers is not None:
-            # Of a batch that is cancelled meanwhile nothing is painted.
-            reads = [
-                self._workers.submit(lambda read=read: b"" if batch.cancelled[0] else read()).result for read in reads
-            ]
+
+            def unless_cancelled(read: Callable[[], bytes]) -> bytes:
+                return b"" if batch.cancelled[0] else read()  # of such a batch nothing is painted
+
+            reads = [self._workers.submit(partial(unless_cancelled, read)).result for read in reads]
         faults, row = 0, 0
 
         def paint(place: int, pixels: NDArray[np.uint8]) -> None:
