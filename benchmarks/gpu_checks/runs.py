@@ -197,8 +197,8 @@ def reported(what: str, job: Job) -> Row:
 
 
 class _Hanging(nn.Module):
-    """ResNet-20, whose forward pass launches a kernel of 20 s once a file exists. It draws random numbers, so that it is
-    not recorded: a graph would not look for the file."""
+    """ResNet-20, whose forward pass launches a kernel of 20 s once a file exists. It draws random numbers, and is not
+    recorded therefore: a graph would not look for the file."""
 
     def __init__(self, classes: int, image_size: int) -> None:
         super().__init__()
