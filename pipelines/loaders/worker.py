@@ -130,13 +130,7 @@ class _Worker:
         self._index.clear()
         self._index.update(zip(samples, rows["entry"], strict=True))
         drawn = list(map(augment.Row, rows["steps"].tolist(), rows["jitter"].tolist()))
-        reads: list[Callable[[], bytes]] = [partial(self._files.read, sample) for sample in samples]
-        if self._workers is not None:
-
-            def unless_cancelled(read: Callable[[], bytes]) -> bytes:
-                return b"" if batch.cancelled[0] else read()  # of such a batch nothing is painted
-
-            reads = [self._workers.submit(partial(unless_cancelled, read)).result for read in reads]
+        reads = self._begin_reading(batch, samples)
         faults, row = 0, 0
 
         def paint(place: int, pixels: NDArray[np.uint8]) -> None:
@@ -155,6 +149,16 @@ class _Worker:
         except ValueError as error:
             send(self._replies, Reply(number, start + row, stop, ERROR, str(error)))
         send(self._replies, Reply(number, start, stop, DONE, ""))
+
+    def _begin_reading(self, batch: SharedBatch, samples: list[int]) -> list[Callable[[], bytes]]:
+        """What gives the encoded image of each sample; those at URLs are asked for side by side."""
+        if self._workers is None:
+            return [partial(self._files.read, sample) for sample in samples]
+
+        def read(sample: int) -> bytes:
+            return b"" if batch.cancelled[0] else self._files.read(sample)  # of a cancelled one nothing is painted
+
+        return [self._workers.submit(partial(read, sample)).result for sample in samples]
 
     def _paint(self, sample: int, read: Callable[[], bytes], drawn: augment.Row, pixels: NDArray[np.uint8]) -> None:
         self._reading[0] = time.monotonic(), sample
