@@ -1,6 +1,6 @@
 # make train: set up, then train the demo on two workers.   make test: set up, then lint, types and tests.
 # ENGINE=torch, with any of these: without Horovod; torchrun starts the workers.
-# make chaos: a run under thirty random faults, next to the same run left alone.
+# make chaos: a run under fifty random faults, next to the same run left alone.
 # make docs: builds the documentation into docs/_build/html; a warning is an error.
 # make check-gpu: checks of exactness, speed and faults on a GPU, without make setup; make gpu-kit: what it needs there.
 # make check-ops: draws the dashboard, builds the image and runs in it, runs a job under Slurm.
@@ -23,7 +23,7 @@ docs: setup
 	@. .venv/bin/activate && sphinx-build --fail-on-warning --keep-going --fresh-env -q docs docs/_build/html $(ARGS)
 
 chaos: setup
-	@. .venv/bin/activate && PYTHONPATH=. python benchmarks/chaos.py $(ARGS)
+	@. .venv/bin/activate && PYTHONPATH=. python benchmarks/chaos.py engine=$(ENGINE) $(ARGS)
 
 gpu-kit:
 	@launch/gpu_kit.sh $(if $(DALI),dali)

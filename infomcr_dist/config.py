@@ -350,7 +350,7 @@ class Config:
     engine: Literal["auto", "horovod", "torch"] = "auto"
     """Whose workers these are: Horovod's (horovodrun) or torch.distributed's (torchrun); auto: by the environment."""
     pid_dir: str | None = None
-    """Directory for a file rank-LOCAL_RANK.pid per worker of a host, for whoever must signal it; null: none."""
+    """Directory of each host's own for a file rank-LOCAL_RANK.pid per worker, for who must signal it; null: none."""
     threads: int | None = None
     """CPU threads a worker computes with; null: OMP_NUM_THREADS, else its share of the cores that may be used."""
     compile: bool = False

@@ -55,7 +55,7 @@ class PidFile:
         except InUse as holder:
             raise InUse(
                 f"pid_dir: {self._path} is that of a worker that is alive ({holder}): wait until it has ended, "
-                "or give another pid_dir"
+                "or give a pid_dir of this host and this job alone"
             ) from None
 
     def remove(self) -> None:

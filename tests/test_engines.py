@@ -1,13 +1,18 @@
 """Real workers of every engine against one serial process and against each other, and what each step sends."""
 
 import json
+import socket
 import sys
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import ENGINES, WORKERS, launch
+from conftest import ENGINES, WORKERS, launch, needs_horovod
 
 from infomcr_dist.study import jobs
 
@@ -116,6 +121,39 @@ def test_a_study_starts_workers_with_a_launcher_that_is_installed(
             jobs.launcher(3)
     else:
         assert jobs.launcher(3) == [str(tmp_path / beginning[0]), *beginning[1:]]
+
+
+@needs_horovod
+@pytest.mark.parametrize("launcher", ["serving", "frozen"])
+def test_a_launcher_is_gone_when_nobody_answers_any_more(launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that closes idle connections is there, and one that is stopped; the kernel answers for it."""
+    from infomcr_dist.engines import horovod
+
+    sleep = time.sleep
+    monkeypatch.setattr(horovod, "time", SimpleNamespace(sleep=lambda _: sleep(0.01)))
+    server = socket.create_server(("127.0.0.1", 0))
+    connections = 0
+
+    def serve() -> None:
+        nonlocal connections
+        with suppress(OSError):
+            while True:
+                server.accept()[0].close()
+                connections += 1
+
+    if launcher == "serving":
+        threading.Thread(target=serve, daemon=True).start()
+    watch = horovod._Launcher("127.0.0.1", server.getsockname()[1])
+    end = time.monotonic() + 30
+    while launcher == "serving" and connections < 20 and time.monotonic() < end:
+        sleep(0.01)
+    sleep(0.2)
+    assert not watch.gone
+    server.shutdown(socket.SHUT_RDWR)
+    server.close()
+    while not watch.gone and time.monotonic() < end:
+        sleep(0.01)
+    assert watch.gone
 
 
 @pytest.mark.skipif(len(ENGINES) < 2, reason="only one engine is installed")
