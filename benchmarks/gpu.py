@@ -65,7 +65,7 @@ CHECKS = {
     "recipe": Check("runs:recipe", 75),
     "steps-64": Check("steps:wrn_64", 75),
     "deterministic": Check("steps:deterministic", 60),
-    "compiled": Check("steps:compiled", 150, least=60),
+    "compiled": Check("steps:compiled", 150, least=60, needs_gpu=True),
     "horovod": Check("horovod_build:horovod", 420, least=200, needs_gpu=True),
 }
 """In the order of their weight: what no time is left for is skipped."""

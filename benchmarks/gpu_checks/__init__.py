@@ -46,18 +46,8 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def wait_for_imports(context: Context) -> str:
-    """Name of the device; CUDA is initialised."""
-    import torch
-
-    if context.device == "cpu":
-        return "CPU"
-    torch.zeros(1, device="cuda")
-    return torch.cuda.get_device_name()
-
-
 def interpreter(*module: str) -> list[str]:
-    """A command of this Python; a module of a kit without its console script is run by its name."""
+    """A command of this Python: a module by its name, since what a kit installs has no console script on the PATH."""
     return [sys.executable, "-W", "ignore", "-m", *module]
 
 

@@ -60,7 +60,7 @@ def horovod(context: Context) -> Iterator[Row]:
 
 def _nccl(folder: Path) -> dict[str, str]:
     """Options for CUDA operations, with the NCCL that torch has."""
-    package = find_spec("nvidia.nccl")
+    package = find_spec("nvidia") and find_spec("nvidia.nccl")
     places = list(package.submodule_search_locations or ()) if package is not None else []
     options = {"HOROVOD_GPU_OPERATIONS": "NCCL", "HOROVOD_NCCL_LINK": "SHARED"}
     if torch.cuda.is_available():
