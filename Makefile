@@ -2,8 +2,9 @@
 # ENGINE=torch, with any of these: without Horovod; torchrun starts the workers.
 # make chaos: a run under thirty random faults, next to the same run left alone.
 # make docs: builds the documentation into docs/_build/html; a warning is an error.
+# make check-gpu: checks of exactness, speed and faults on a GPU, without make setup; make gpu-kit: what it needs there.
 # make check-ops: draws the dashboard, builds the image and runs in it, runs a job under Slurm.
-.PHONY: setup train test docs chaos check-ops
+.PHONY: setup train test docs chaos gpu-kit check-gpu check-ops
 SHELL := bash
 export ENGINE ?= horovod
 launch_horovod = horovodrun -np 2
@@ -23,6 +24,12 @@ docs: setup
 
 chaos: setup
 	@. .venv/bin/activate && PYTHONPATH=. python benchmarks/chaos.py $(ARGS)
+
+gpu-kit:
+	@launch/gpu_kit.sh $(if $(DALI),dali)
+
+check-gpu:
+	@$(or $(PYTHON),python3) benchmarks/gpu.py $(ARGS)
 
 check-ops: setup
 	@. .venv/bin/activate && python -m pytest -m ops $(ARGS)

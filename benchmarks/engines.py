@@ -10,34 +10,24 @@ once without a word between them: what of the machine two workers have, to which
 medians and, in brackets, the quartiles of the ratios to Horovod's plain step of the same round.
 """
 
-import json
-import os
 import random
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
+from turns import LAUNCHERS, WORKERS, Job, serve, spread
 
 from infomcr_dist.engines import connect
 from infomcr_dist.models import build
 from infomcr_dist.step import PenaltySettings, train_step
 from infomcr_dist.world import SingleProcess, World
 from pipelines.options import load
-
-WORKERS = 2
-LAUNCHERS = {
-    "horovod": ["horovodrun", "-np", str(WORKERS)],
-    "torch": ["torchrun", "--standalone", "--nproc-per-node", str(WORKERS), "--no-python"],
-}
 
 
 @dataclass(frozen=True)
@@ -55,6 +45,7 @@ def kinds(settings: Settings, world: World) -> dict[str, Callable[[], object]]:
     """A step of each kind on this worker."""
     criterion = nn.CrossEntropyLoss()
     images, labels = torch.randn(settings.batch_size, 3, 32, 32), torch.randint(10, (settings.batch_size,))
+    images = images.contiguous(memory_format=torch.channels_last)
 
     def ours(of: World, penalty: PenaltySettings | None) -> Callable[[], object]:
         model = build(settings.model, 10, 32)
@@ -95,57 +86,34 @@ def worker(settings: Settings) -> None:
     torch.manual_seed(0)
     world = connect()
     calls = kinds(settings, world)
-    commands = open(os.environ["ENGINES_COMMANDS"]) if world.rank == 0 else None  # noqa: SIM115
-    while command := world.broadcast(commands.readline() if commands else None):
+
+    def take_round(number: int) -> dict[str, float]:
         seconds = {}
         calls["plain"]()  # this process was stopped: its caches are cold
-        for name in random.Random(int(command)).sample(list(calls), len(calls)):
+        for name in random.Random(number).sample(list(calls), len(calls)):
             world.barrier()
             began = time.perf_counter()
             if name != "one process" or world.rank == 0:
                 calls[name]()
             world.barrier()
             seconds[name] = time.perf_counter() - began
-        processes = world.gather(os.getpid())
-        if world.rank == 0:
-            with open(os.environ["ENGINES_RESULTS"], "w") as results:
-                results.write(json.dumps([processes, seconds]))
-    world.close()
+        return seconds
+
+    serve(world, take_round)
 
 
 def main(settings: Settings, arguments: list[str]) -> None:
     """Run both jobs in turns and print the table."""
     rounds: list[dict[tuple[str, str], float]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        jobs, pipes = [], {}
-        for engine, launcher in LAUNCHERS.items():
-            paths = {name: f"{folder}/{engine}-{name.lower()}" for name in ("ENGINES_COMMANDS", "ENGINES_RESULTS")}
-            for path in paths.values():
-                os.mkfifo(path)
-            environment = os.environ | paths | {"OMP_NUM_THREADS": "1"}
-            command = [str(Path(sys.executable).with_name(launcher[0])), *launcher[1:], sys.executable, __file__]
-            log = open(f"{folder}/{engine}.log", "w")  # noqa: SIM115
-            jobs.append(subprocess.Popen([*command, "worker", *arguments], env=environment, stdout=log, stderr=log))
-            pipes[engine] = (open(paths["ENGINES_COMMANDS"], "w"), paths["ENGINES_RESULTS"])  # noqa: SIM115
-        workers: dict[str, list[int]] = {}
+    with ExitStack() as resources:
+        jobs = {engine: Job(resources, engine, arguments, {"OMP_NUM_THREADS": "1"}) for engine in LAUNCHERS}
         for number in range(settings.rounds + 1):
             seconds = {}
-            for engine, (commands, results) in sorted(pipes.items(), reverse=number % 2 == 1):
-                signal_all(workers.get(engine, []), signal.SIGCONT)
-                commands.write(f"{number}\n")
-                commands.flush()
-                workers[engine], of_engine = json.loads(Path(results).read_text())
-                signal_all(workers[engine], signal.SIGSTOP)
-                for name, value in of_engine.items():
+            for engine, job in sorted(jobs.items(), reverse=number % 2 == 1):
+                for name, value in job.round(number).items():
                     seconds[engine, name] = value
             if number:  # the first is a warm-up
                 rounds.append(seconds)
-        for commands, _ in pipes.values():
-            commands.close()
-        for processes in workers.values():
-            signal_all(processes, signal.SIGCONT)
-        for job in jobs:
-            job.wait()
 
     size = f"{settings.batch_size} images a worker, sub-batches of {settings.sub_batch_size}"
     what = f"{settings.model}, {WORKERS} workers of one thread, {size}"
@@ -162,18 +130,6 @@ def main(settings: Settings, arguments: list[str]) -> None:
         print(f"{engine}: efficiency of 2 workers {beside} of two processes side by side, {alone} of one alone")
     for name in ("plain", "usual loop", "regularized"):
         print(f"torch / horovod, {name}: {spread([s['torch', name] / s['horovod', name] for s in rounds])}")
-
-
-def signal_all(processes: list[int], number: int) -> None:
-    """Send a signal to each process."""
-    for process in processes:
-        os.kill(process, number)
-
-
-def spread(ratios: list[float]) -> str:
-    """Median and, in brackets, quartiles."""
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return f"{middle:.2f} ({low:.2f}–{high:.2f})"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Images per second of every loader, next to the usual alternatives and to the bound of decoding alone.
 
     python benchmarks/loader.py
+    python benchmarks/loader.py stored=32 "loaders=[torch,resident]" "augmentations=[none,crop4_flip]"
     python benchmarks/loader.py stored=128 cores=[1] augmentations=[random_resized_crop] rounds=9
 
-Shards are made of imagenet-sample-250.tar, resized to 128 x 128 (repeated to 3 000 images; trained on at 128 x 128,
-random_resized_crop at 112 x 112) and as they are (1 000 images; trained on at 224 x 224).
+Shards are made of imagenet-sample-250.tar, resized to 32 x 32 as CIFAR's are (random_resized_crop trains at 28 x 28)
+and to 128 x 128 (at 112 x 112), 3 000 images each, and as they are (1 000 images; trained on at 224 x 224).
 Every loader is a process of its own, bound to the given cores; in each round all of them, on one core and on more, take
 a turn, in random order, alone on those cores. The tables have medians over rounds and, in brackets, quartiles, those of
 ratios within a round; CPU time counts all processes and threads of a loader, and is the one to trust on a machine with
@@ -14,6 +15,7 @@ the making of the pipeline or processes included.
 - decode only: simplejpeg on bytes in memory, nothing else, in a process a core that shares nothing with the others. The
   bound of everything on a CPU; what the machine makes of a second core.
 - decode + augment: the same with our crop, resize, flip and normalization into one batch. The bound of "torch".
+- resident: images in memory, decoded before the first turn; where it offers the augmentation.
 - DALI's reader: DALI's own order, reading and random numbers (`readers.webdataset`), which "dali" replaces.
 - PIL DataLoader: image files, PIL, torch's DataLoader with a process a core; webdataset recipe: the library's usual
   pipeline (shards, shuffle, decode("pil"), WebLoader) with the same transforms.
@@ -48,7 +50,6 @@ from pipelines.options import load
 from pipelines.prepare import Options, prepare
 
 _BATCH = 128
-_STORED_SIZES = {"none": 128, "random_resized_crop": 112}  # sides trained on, of images stored at 128 x 128
 _Epoch = Callable[[], Iterable[Any]]  # yields the images of a batch, or a list as long
 
 
@@ -58,7 +59,7 @@ class Settings:
 
     source: str = "../shared/data/imagenet-sample-250.tar"
     stored: int = -1
-    """Only shards of this size, 128 or 0 (originals); -1: both."""
+    """Only shards of this size, 32, 128 or 0 (originals); -1: all."""
     augmentations: tuple[str, ...] = ("none", "flip", "crop1_flip", "crop4_flip", "random_resized_crop")
     cores: tuple[int, ...] = (1, 2)
     rounds: int = 5
@@ -286,6 +287,7 @@ LOADERS: dict[str, Callable[[Task], _Epoch]] = {
     "decode + augment": decode_and_augment,
     "dali": partial(ours, "dali"),
     "torch": partial(ours, "torch"),
+    "resident": partial(ours, "resident"),
     "webdataset": partial(ours, "webdataset"),
     "DALI's reader": dali_reader,
     "PIL DataLoader": pil_dataloader,
@@ -314,7 +316,7 @@ def memory_bytes() -> int:
 def serve(task: Task, pipe: Any) -> None:
     """A loader process: an epoch at every request, answered with (images, seconds, CPU seconds, first, memory)."""
     os.sched_setaffinity(0, task.cores)
-    torch.set_num_threads(1)
+    torch.set_num_threads(len(task.cores))
     made = time.perf_counter()
     epoch = LOADERS[task.loader](task)
     making = time.perf_counter() - made
@@ -352,17 +354,18 @@ def spread(values: list[float], digits: int = 0) -> str:
     return "{1:.{n}f} [{0:.{n}f} {2:.{n}f}]".format(*statistics.quantiles(values, n=4), n=digits)
 
 
-def report(data: Path, files: Path, sizes: dict[str, int], settings: Settings) -> None:
-    """The tables of one data set; sizes: side trained on by augmentation."""
+def report(data: Path, files: Path, stored: int, sizes: dict[str, int], settings: Settings) -> None:
+    """The tables of one data set; sizes: side trained on by augmentation, of those stored."""
     names, cores = settings.loaders or tuple(LOADERS), settings.cores
-    tables: dict[str, dict[str, list[str]]] = {}
+    tables: dict[str, dict[tuple[str, str], str]] = {}
 
     def add(title: str, name: str, cell: str) -> None:
-        tables.setdefault(title, {}).setdefault(name, []).append(cell)
+        tables.setdefault(title, {})[name, augmentation] = cell
 
     for augmentation in settings.augmentations:
         size = sizes.get(augmentation, sizes["none"])
-        kinds = [(name, count) for name in names for count in cores]
+        offered = [name for name in names if name != "resident" or stored == size]
+        kinds = [(name, count) for name in offered for count in cores]
         tasks = [Task(name, data, files, augmentation, size, tuple(range(count))) for name, count in kinds]
         answers = dict(zip(kinds, measure(tasks, settings.rounds), strict=True))
         rates = {kind: [images / seconds for images, seconds, *_ in found[1:]] for kind, found in answers.items()}
@@ -372,14 +375,15 @@ def report(data: Path, files: Path, sizes: dict[str, int], settings: Settings) -
             add(f"CPU time an image, microseconds, cores: {count}", name, spread(costs))
             add(f"first batch ms, cores: {count}", name, f"{1000 * found[0][3]:.0f}")
             add(f"memory MB, cores: {count}", name, f"{found[-1][4] / 1e6:.0f}")
-        for name, count in itertools.product(names, cores[1:]):
+        for name, count in itertools.product(offered, cores[1:]):
             ratios = [more / one for one, more in zip(rates[name, cores[0]], rates[name, count], strict=True)]
             add(f"images/s, cores: {count} relative to {cores[0]}", name, spread(ratios, 2))
     for title, table in sorted(tables.items()):
         print(f"\n{data.name}, batches of {_BATCH}: {title}")
         print(f"{'':<18}" + "".join(f"{name:>21}" for name in settings.augmentations))
         for name in names:
-            print(f"{name:<18}" + "".join(f"{cell:>21}" for cell in table[name]), flush=True)
+            cells = (table.get((name, augmentation), "–") for augmentation in settings.augmentations)
+            print(f"{name:<18}" + "".join(f"{cell:>21}" for cell in cells), flush=True)
 
 
 def repeated(source: Path, folder: Path, times: int) -> Path:
@@ -409,14 +413,19 @@ def main(settings: Settings) -> None:
         raise ValueError(f"source {source} is not here")
     scratch = Path(tempfile.mkdtemp(prefix="loader-benchmark-"))
     try:
-        for stored, times, sizes in ((128, 12, _STORED_SIZES), (0, 4, {"none": 224})):
+        # Sides trained on, by augmentation where they are others.
+        for stored, times, sizes in (
+            (32, 12, {"none": 32, "random_resized_crop": 28}),
+            (128, 12, {"none": 128, "random_resized_crop": 112}),
+            (0, 4, {"none": 224}),
+        ):
             if settings.stored not in (-1, stored):
                 continue
             name = f"{stored} x {stored}" if stored else "originals"
             images = repeated(source, scratch / f"source-{stored}", times)
             prepare(str(images), scratch / name, Options(size=stored, shard_size=500))
             files = extracted(scratch / name, scratch / f"files-{stored}")
-            report(scratch / name, files, sizes, settings)
+            report(scratch / name, files, stored, sizes, settings)
     finally:
         shutil.rmtree(scratch)
 

@@ -15,6 +15,7 @@ import re
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from torch import nn
 FORMAT = 4
 State = dict[str, Any]
 _NAME = re.compile(r"step-(?P<step>\d{8,})-(?P<checksum>[0-9a-f]{16})\.pt")
+_REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed global|whose module (\S+) is blocked")
+"""How torch reports what it does not load; the rest of its messages advises to load it all the same"""
 
 
 def write_atomically(path: Path, write: Any) -> None:
@@ -37,8 +40,20 @@ def write_atomically(path: Path, write: Any) -> None:
     _put_in_place(path.with_name(f".{path.name}.{os.getpid()}"), write, lambda: path, str(path))
 
 
+def make_directory(path: Path, setting: str) -> None:
+    """Make a directory, and those above it, where there is none; ValueError if something else is in its place."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        place = next(p for p in (path, *path.parents) if os.path.lexists(p) and not p.is_dir())
+        what = f"a link to {os.readlink(place)}, which is missing" if place.is_symlink() else "a file"
+        raise ValueError(f"{setting}: {place} must be a directory, is {what}: remove it, or give another") from None
+
+
 def save(directory: Path, step: int, state: State, keep: int, best: bool = False) -> Path:
     """Write the state after so many steps, ``best`` of all or not; keep the newest ``keep`` and the best.
+
+    It takes the place of another checkpoint of the same step, which an evaluation may have followed.
 
     Until the new checkpoint is in place whole, nothing else changes. Raises OSError naming the directory.
     """
@@ -63,7 +78,8 @@ def save(directory: Path, step: int, state: State, keep: int, best: bool = False
         except OSError:  # cloud file stores
             shutil.copyfile(path, link)
         os.replace(link, directory / "best.pt")
-    kept = {path.name, *(p.name for p in newest_first(directory)[:keep])}
+    found = [p for p in newest_first(directory) if p == path or not p.name.startswith(f"step-{step:08d}-")]
+    kept = {path.name, *(p.name for p in found[:keep])}
     if (directory / "best.pt").is_symlink():
         kept.add(os.readlink(directory / "best.pt"))
     for old in newest_first(directory):
@@ -123,9 +139,17 @@ def load(path: Path) -> State:
     if match and hashlib.sha256(content).hexdigest()[:16] != match["checksum"]:
         raise ValueError(f"{path} is damaged: its content does not have the checksum that its name gives")
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # the error says what a warning would
+            warnings.simplefilter("ignore")
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail anywhere in the reader
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = " ".join(str(error).split()).partition(". ")[0][:200] or type(error).__name__
+        if refused := _REFUSED.search(str(error)):
+            reason = (
+                f"it holds {refused[1] or refused[2]}, which is neither a tensor nor a plain value and may run code"
+            )
+        elif "weights_only" in str(error):
+            reason = "it is damaged, or holds more than tensors and plain values"
         raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path} is not a checkpoint of this project")

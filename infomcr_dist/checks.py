@@ -1,7 +1,7 @@
 """What `regularized_backward` refuses before anything is computed: a ValueError of one line each."""
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,18 @@ from infomcr_dist.functional import Criterion, Params, check_modules
 from infomcr_dist.passes import unwrapped
 
 Derivative = Literal["finite_difference", "exact"]
+Step = float | Literal["alpha", "auto"]
+RELATIVE_STEP = 3e-3
+"""rho, where low precision asks for a step longer than alpha: the least error under rounding to bfloat16."""
+
+
+class Scheme(NamedTuple):
+    """How g_i - h_i is obtained."""
+
+    derivative: Derivative
+    alpha: float
+    rho: float | None = None
+    """Length of the finite difference's step, |epsilon_i g_i| / |w|; None: the paper's, epsilon_i = alpha."""
 
 
 def check_step(model: nn.Module, criterion: Criterion, images: Any, labels: Any, params: Params) -> None:
@@ -56,12 +68,21 @@ def check_numbers(max_batch_size: int | None, **factors: float) -> None:
         raise ValueError(f"max_batch_size must be an integer of at least 1, got {max_batch_size}")
 
 
-def check_derivative(alpha: float, derivative: str, params: Params, model: nn.Module | None = None) -> None:
-    """Refuse a length and a derivative that do not fit the parameters."""
+def check_derivative(alpha: float, derivative: str, step: Step, params: Params, model: nn.Module | None = None) -> None:
+    """Refuse a length, a derivative and a step that do not fit the parameters."""
     if derivative not in get_args(Derivative):
         raise ValueError(f"derivative must be one of {', '.join(get_args(Derivative))}, got {derivative!r}")
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha must be positive, got {alpha}")
+    if step not in ("alpha", "auto"):
+        if not isinstance(step, int | float) or not 0 < step < 1:
+            raise ValueError(f"step must be 'alpha', 'auto' or a number between 0 and 1, got {step!r}")
+        if derivative == "exact":
+            raise ValueError(f"derivative='exact' takes no step, got step={step}: use derivative='finite_difference'")
+        if autocast_type(params) == torch.float16:
+            raise ValueError(f"step={step} computes under autocast, which to float16 needs loss scaling: use bfloat16")
+        if len(devices(params)) > 1:
+            raise ValueError(f"step={step} needs all parameters on one device: use step='alpha'")
     if derivative == "finite_difference" and low_precision(params):
         raise ValueError(
             "derivative='finite_difference' is rounding noise for parameters of less than 32 bits: "

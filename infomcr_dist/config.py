@@ -25,8 +25,9 @@ class DataSettings:
     path: str = "fashion-mnist"
     """Directory of a prepared data set or of shards, or their URLs with braces, https://host/train-{0000..0146}.tar
     (http, https, s3, gs or file); ``fashion-mnist`` is ./data/fashion-mnist, prepared on first use."""
-    backend: Literal["dali", "torch", "webdataset", "synthetic"] = "dali"
-    """Loader that decodes and augments the training batches; webdataset streams, so evaluation uses torch there."""
+    backend: Literal["dali", "torch", "resident", "webdataset", "synthetic"] = "dali"
+    """Loader that decodes and augments the batches. resident: all images on the device, decoded once, where they fit
+    there and the augmentation only flips and shifts. webdataset streams, so evaluation uses torch there."""
     on_error: Literal["stop", "skip"] = "stop"
     """At a sample that cannot be read or decoded: stop the run, or take the next sample and count it."""
     shuffle: Literal["full", "window"] = "full"
@@ -81,13 +82,6 @@ class DataSettings:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"data.{name}", "at least 1", value)
         _require(0 <= self.color_jitter < 1, "data.color_jitter", "in [0, 1)", self.color_jitter)
-        parts = ("train_images", "confusion_images", "holdout_images")
-        if self.backend == "webdataset" and any(getattr(self, name) for name in parts):
-            got = ", ".join(f"{name}={getattr(self, name)}" for name in parts)
-            raise ValueError(
-                "data.backend=webdataset streams whole shards, it cannot select images or change labels, "
-                f"got {got}: use dali or torch"
-            )
         for name in ("confusion_images", "holdout_images", "cache_bytes"):
             _require(getattr(self, name) >= 0, f"data.{name}", "at least 0", getattr(self, name))
         if self.confusion_images and self.train_images is None:
@@ -192,7 +186,10 @@ class RegularizerSettings:
     """For estimator=sampled: the largest time of a regularized step relative to a plain one; the number of penalized
     sub-batches is chosen to keep within it."""
     derivative: Literal["auto", "finite_difference", "exact"] = "auto"
-    """The paper's g − h, or its limit αHg; auto: exact in mixed precision, where the difference would be noise."""
+    """The paper's g − h, or its limit αHg; auto: the difference, unless it would be noise."""
+    step: float | Literal["alpha", "auto"] = "auto"
+    """Length of the difference's step. alpha: the paper's, in float32; a number: relative to the length of the weights,
+    in the run's precision; auto: 0.003 in mixed precision, else alpha."""
     finite_difference_error_every_steps: int = 0
     """Steps between comparisons of the two derivatives on one sub-batch; 0: none."""
 
@@ -221,6 +218,10 @@ class RegularizerSettings:
             value = getattr(self, name)
             _require(value is None or value >= 1, f"regularizer.{name}", "at least 1", value)
         _require(self.alpha > 0, "regularizer.alpha", "positive", self.alpha)
+        relative = self.step if not isinstance(self.step, str) else None
+        _require(relative is None or 0 < relative < 1, "regularizer.step", "alpha, auto or between 0 and 1", self.step)
+        if relative is not None and self.derivative == "exact":
+            raise ValueError(f"regularizer.derivative=exact takes no regularizer.step, got step={relative}")
         _require(self.beta >= 0, "regularizer.beta", "at least 0", self.beta)
         _require(self.ramp_epochs >= 0, "regularizer.ramp_epochs", "at least 0", self.ramp_epochs)
         _require(self.epoch is None or self.epoch >= 0, "regularizer.epoch", "at least 0", self.epoch)
@@ -352,6 +353,8 @@ class Config:
     """Directory for a file rank-LOCAL_RANK.pid per worker of a host, for whoever must signal it; null: none."""
     threads: int | None = None
     """CPU threads a worker computes with; null: OMP_NUM_THREADS, else its share of the cores that may be used."""
+    compile: bool = False
+    """Compile the passes with torch.compile: a minute at the start, and a C compiler, for faster steps on a GPU."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the passes in training and evaluation; fp32: IEEE float32, not TF32, in plain and regularized steps; bf16:
     autocast, with weights and their update in fp32. The metric is always taken in fp32."""

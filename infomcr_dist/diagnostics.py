@@ -73,10 +73,10 @@ def follow_overhead_budget(run: Run, step: int, beta: float | None, num_penalize
 
 def log_finite_difference_error(run: Run, criterion: nn.Module, images: Tensor, labels: Tensor) -> None:
     """Compare the two derivatives of the penalty on this rank's first sub-batch, as they are in the run's precision."""
-    size, model = run.experiment.sub_batch_size, run.state.model
+    size, model, settings = run.experiment.sub_batch_size, run.state.model, run.config.regularizer
     loss_fn, params = functional_loss(model, criterion), trainable_parameters(model)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
-        error = finite_difference_error(loss_fn, params, (images[:size], labels[:size]), run.config.regularizer.alpha)
+        error = finite_difference_error(loss_fn, params, (images[:size], labels[:size]), settings.alpha, settings.step)
     run.telemetry.log(FiniteDifferenceRecord(run.state.step, error))
 
 

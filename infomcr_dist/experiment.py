@@ -80,7 +80,8 @@ class Experiment:
 
     def eval_loader_config(self, world: World, batch_size: int) -> LoaderConfig:
         """Of a split as it is, for evaluation and metric."""
-        return eval_loader_config(self.config, self.dataset, self.image_size, batch_size, world)
+        config = eval_loader_config(self.config, self.dataset, self.image_size, batch_size, world)
+        return replace(config, backend="resident") if self.config.data.backend == "resident" else config
 
 
 def open_experiment(config: Config, world_size: int) -> Experiment:
@@ -212,10 +213,14 @@ def plan_steps(config: Config, split: Split, workers: int) -> tuple[Sampler, int
 def eval_loader_config(
     config: Config, dataset: Dataset, image_size: int, batch_size: int, world: World
 ) -> LoaderConfig:
-    """Of a split as it is, in its exact order; a stream of shards has none, so that ``torch`` reads in its place."""
+    """Of a split as it is, in its exact order.
+
+    A stream of shards has none, so that ``torch`` reads in its place; and in the place of ``resident``, whose images
+    are the same, where it is no run, for which they may not fit the memory.
+    """
     data = config.data
     return LoaderConfig(
-        backend="torch" if data.backend == "webdataset" else data.backend,
+        backend="torch" if data.backend in ("webdataset", "resident") else data.backend,
         augmentation=config.evaluation.transform,
         size=image_size,
         mean=dataset.mean,
@@ -229,6 +234,7 @@ def eval_loader_config(
         on_error=data.on_error,
         rank=world.rank,
         world_size=world.size,
+        local_size=world.local_size,
     )
 
 

@@ -161,10 +161,11 @@ def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
 
 
-def moved(params: Params, direction: Params, alpha: float) -> Params:
-    """w - alpha * direction, differentiable in w; a parameter without a direction stays where it is."""
-    tensors = torch._foreach_sub([params[name] for name in direction], list(direction.values()), alpha=alpha)
-    return params | dict(zip(direction, tensors, strict=True))
+def moved(params: Params, direction: Params, length: float | Tensor) -> Params:
+    """w - length * direction, differentiable in w; a parameter without a direction stays where it is."""
+    copies = {name: params[name].clone() for name in direction}
+    add_scaled(copies, direction, -length)
+    return params | copies
 
 
 def add_scaled(total: Params, term: Params, scale: float | Tensor) -> None:

@@ -12,7 +12,17 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from infomcr_dist.checks import Derivative, autocast_type, check_derivative, compiled, low_precision
+from infomcr_dist.checks import (
+    RELATIVE_STEP,
+    Derivative,
+    Scheme,
+    Step,
+    autocast_type,
+    check_derivative,
+    compiled,
+    devices,
+    low_precision,
+)
 from infomcr_dist.criteria import check_mean
 from infomcr_dist.functional import (
     Batch,
@@ -48,27 +58,31 @@ _FINDINGS: WeakKeyDictionary[nn.Module, dict[Any, Findings]] = WeakKeyDictionary
 _SECOND_DERIVATIVE_ERRORS: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
 
 
-def resolve_derivative(
+def resolve_scheme(
     derivative: Derivative | Literal["auto"],
     alpha: float,
+    step: Step,
     model: nn.Module,
     criterion: Criterion,
     params: Params,
     batch: Batch,
-) -> Derivative:
-    """The derivative to take, after a look at the network the first time; see `inspect`."""
-    few_bits = low_precision(params)
-    if derivative == "auto":
-        chosen: Derivative = "exact" if few_bits or autocast_type(params) else "finite_difference"
+) -> Scheme:
+    """The derivative and the step to take, after a look at the network the first time; see `inspect`."""
+    few_bits, autocast = low_precision(params), autocast_type(params)
+    if step == "auto":  # under autocast a step of length alpha drowns in rounding
+        step = RELATIVE_STEP if autocast == torch.bfloat16 and not few_bits and len(devices(params)) == 1 else "alpha"
+    longer = step != "alpha"
+    if derivative != "auto":
+        chosen: Derivative = derivative
     else:
-        chosen = derivative
-    check_derivative(alpha, chosen, params, model)
+        chosen = "exact" if few_bits or (autocast and not longer) else "finite_difference"
+    check_derivative(alpha, chosen, step, params, model)
     found = inspect(model, criterion, params, batch)
-    if chosen == "finite_difference" and found.low_precision:
+    if chosen == "finite_difference" and found.low_precision and not longer:
         if derivative != "auto" or compiled(model):
             raise ValueError(
                 f"derivative='finite_difference' is rounding noise in a model that computes in {found.low_precision} "
-                "by itself: use derivative='exact', or leave autocast to the caller"
+                "by itself: use step=0.003 or derivative='exact', or leave autocast to the caller"
             )
         chosen = "exact"
     if chosen == "exact" and found.unproven:
@@ -86,7 +100,7 @@ def resolve_derivative(
                 stacklevel=3,
             )
             chosen = "finite_difference"
-    return chosen
+    return Scheme(chosen, alpha, None if chosen == "exact" or step == "alpha" else step)
 
 
 def inspect(model: nn.Module, criterion: Criterion, params: Params, batch: Batch) -> Findings:

@@ -122,6 +122,4 @@ def set_deterministic(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     # For finding faults; it costs a pass over the memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = (
-        not deterministic
-    )  # which tries what is fastest, and may choose otherwise next time
+    torch.backends.cudnn.benchmark = not deterministic  # tries what is fastest, and may choose otherwise next time

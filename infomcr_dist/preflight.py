@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from infomcr_dist.checks import Derivative, devices
+from infomcr_dist.checks import Derivative, Step, devices
 from infomcr_dist.config import Config
+from infomcr_dist.estimators import Estimator
 from infomcr_dist.functional import Criterion, functional_loss
 from infomcr_dist.gram import gradient_gram
 from infomcr_dist.models import build
 from infomcr_dist.passes import repeatable, unwrapped
-from infomcr_dist.regularizer import Estimator, plain_backward, regularized_backward
+from infomcr_dist.regularizer import plain_backward, regularized_backward
 from infomcr_dist.replica import replica
 
 
@@ -33,6 +34,7 @@ def check_model(
     estimator: Estimator = "fused",
     num_sampled: int | None = None,
     derivative: Derivative | Literal["auto"] = "auto",
+    step: Step = "auto",
     penalty: bool = True,
     metric: bool = True,
     metric_criterion: Criterion = F.cross_entropy,
@@ -82,6 +84,7 @@ def check_model(
                     estimator=estimator,
                     num_sampled=num_sampled,
                     derivative=derivative,
+                    step=step,
                 )
         if metric:
             with _one_line("the Gram matrix of gamma_hat"):
@@ -128,6 +131,7 @@ def check_run(config: Config, classes: int, image_size: int, sub_batch_size: int
                     estimator=settings.estimator,
                     num_sampled=1 if settings.estimator == "sampled" else None,
                     derivative=settings.derivative,
+                    step=settings.step,
                     penalty=size is not None,
                     metric=metric,
                 )

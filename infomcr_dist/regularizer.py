@@ -7,17 +7,22 @@ g_i - h_i, where h_i is the gradient of L(B_i, .) at w - alpha g_i; for alpha ->
 
 The size of a sub-batch is part of the strength: E|g_i|^2 = |g|^2 + tr(Sigma) / |B_i|, with Sigma the covariance of the
 gradients of single images. Keep `sub_batch_size` rather than `sub_batches` when the number of workers changes.
+
+In low precision a step of length alpha drowns in rounding. A longer step epsilon_i = rho |w| / |g_i|, weighted
+alpha / epsilon_i, has the same limit. `python benchmarks/rho.py` prints its error by rho.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from infomcr_dist.checks import (
     Derivative,
+    Scheme,
+    Step,
     check_derivative,
     check_numbers,
     check_step,
@@ -25,6 +30,7 @@ from infomcr_dist.checks import (
     sub_batch_count,
 )
 from infomcr_dist.criteria import shares
+from infomcr_dist.estimators import Estimator, Split, split_batch
 from infomcr_dist.functional import (
     Batch,
     Criterion,
@@ -37,11 +43,9 @@ from infomcr_dist.functional import (
     moved,
     trainable_parameters,
 )
-from infomcr_dist.inspection import resolve_derivative, second_derivatives
+from infomcr_dist.inspection import resolve_scheme, second_derivatives
 from infomcr_dist.passes import Passes, hooks_once, repeatable, unwrapped
 from infomcr_dist.precision import full_precision, math_attention
-
-Estimator = Literal["fused", "sampled", "reference"]
 
 
 class SubBatchPenalty(NamedTuple):
@@ -66,6 +70,7 @@ def sub_batch_penalty(
     sub_batches: Sequence[Batch],
     alpha: float,
     derivative: Derivative = "finite_difference",
+    step: Step = "alpha",
 ) -> SubBatchPenalty:
     """Mean loss and penalty R of the sub-batches at `params`, and their gradients (Eq. 7). A pure function.
 
@@ -76,6 +81,7 @@ def sub_batch_penalty(
         alpha: Length of the step w - alpha g_i.
         derivative: "finite_difference" is the paper's g_i - h_i, computed outside autocast and with TF32 off, where it
             is noise. "exact" is its limit alpha H_i g_i, by a Hessian-vector product, with the penalty alpha |g_i|^2.
+        step: As for `regularized_backward`; needs a `functional_loss` where it is "auto".
 
     Returns:
         The loss, the penalty, and the gradient of each.
@@ -85,10 +91,13 @@ def sub_batch_penalty(
     """
     if not sub_batches:
         raise ValueError("sub_batches must hold at least one batch, got none")
-    check_derivative(alpha, derivative, params)
+    check_derivative(alpha, derivative, step, params)
     if isinstance(loss_fn, FunctionalLoss):
-        resolve_derivative(derivative, alpha, loss_fn.model, loss_fn.criterion, params, sub_batches[0])
+        scheme = resolve_scheme(derivative, alpha, step, loss_fn.model, loss_fn.criterion, params, sub_batches[0])
+    else:
+        scheme = Scheme(derivative, alpha, None if isinstance(step, str) else float(step))
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
+    size = _norm(leaves) if scheme.rho else None
     losses: list[Tensor] = []
     penalties: list[Tensor] = []
     loss_gradient: Params = {}
@@ -96,24 +105,26 @@ def sub_batch_penalty(
     scale = 1 / len(sub_batches)
     for batch in sub_batches:
 
-        def perturbed(g: Params, batch: Batch = batch) -> Tensor:
-            return loss_fn(moved(leaves, g, alpha), batch)
+        def perturbed(g: Params, length: float | Tensor, batch: Batch = batch) -> Tensor:
+            return loss_fn(moved(leaves, g, length), batch)
 
-        with _precision(derivative, leaves):
+        with _precision(scheme, leaves):
             with _repeated(derivative, leaves):
                 loss = loss_fn(leaves, batch)
-            sub = _evaluate(loss, perturbed, leaves, alpha, derivative, nullcontext())
+            sub = _evaluate(loss, perturbed, leaves, scheme, size, nullcontext())
             with _exact(derivative):
-                add_scaled(penalty_gradient, gradient(sub.surrogate, leaves), scale)
+                add_scaled(penalty_gradient, gradient(sub.surrogate, leaves), scale * sub.scale)
             if derivative == "finite_difference":
-                add_scaled(penalty_gradient, sub.gradient, scale)
+                add_scaled(penalty_gradient, sub.gradient, scale * sub.scale)
             add_scaled(loss_gradient, sub.gradient, scale)
         losses.append(sub.loss)
         penalties.append(sub.penalty)
     return SubBatchPenalty(torch.stack(losses).mean(), torch.stack(penalties).mean(), loss_gradient, penalty_gradient)
 
 
-def finite_difference_error(loss_fn: LossFunction, params: Params, sub_batch: Batch, alpha: float) -> float:
+def finite_difference_error(
+    loss_fn: LossFunction, params: Params, sub_batch: Batch, alpha: float, step: Step = "alpha"
+) -> float:
     """Relative error of the penalty's finite difference on one sub-batch: |(g - h) - alpha H g| / |alpha H g|.
 
     Rounding raises it, and so do the kinks of ReLU, where alpha H g is not the limit of g - h. Far above 1 the penalty
@@ -124,12 +135,13 @@ def finite_difference_error(loss_fn: LossFunction, params: Params, sub_batch: Ba
         params: The point w, by name.
         sub_batch: One (images, labels).
         alpha: Length of the step w - alpha g.
+        step: Of the finite difference, as for `regularized_backward`.
 
     Raises:
         ValueError: As `sub_batch_penalty`.
     """
     with repeatable(devices(params)):
-        difference = sub_batch_penalty(loss_fn, params, [sub_batch], alpha, "finite_difference").penalty_gradient
+        difference = sub_batch_penalty(loss_fn, params, [sub_batch], alpha, "finite_difference", step).penalty_gradient
     with repeatable(devices(params)):
         exact = sub_batch_penalty(loss_fn, params, [sub_batch], alpha, "exact").penalty_gradient
     size = dot(exact, exact).sqrt()
@@ -150,6 +162,7 @@ def regularized_backward(
     estimator: Estimator = "fused",
     num_sampled: int | None = None,
     derivative: Derivative | Literal["auto"] = "auto",
+    step: Step = "auto",
     loss_scale: float = 1.0,
     max_batch_size: int | None = None,
 ) -> Losses:
@@ -180,11 +193,16 @@ def regularized_backward(
             "reference": three passes; L is the loss of the whole batch in a pass of its own.
         num_sampled: k, for estimator="sampled".
         derivative: How the penalty is differentiated.
-            "finite_difference": the paper's g_i - h_i; its passes run outside autocast with TF32 off, where it is
-            noise.
-            "exact": its limit alpha H_i g_i.
-            "auto": "exact" under autocast, for parameters of less than 32 bits and in a model that computes with less
-            by itself, else "finite_difference"; also where torch has the second derivative wrong, with a warning.
+            "finite_difference": the paper's g_i - h_i, of two first-order passes.
+            "exact": its limit alpha H_i g_i, by double backward.
+            "auto": "finite_difference"; "exact" for parameters of less than 32 bits and, with step="alpha", under
+            autocast and in a model that computes in less than float32 by itself; unless torch has the second derivative
+            wrong: then the finite difference in float32, with a warning.
+        step: Length of the finite difference's step.
+            "alpha": the paper's; its passes run outside autocast with TF32 off, where it is noise.
+            A number rho: epsilon_i = rho |w| / |g_i|, weighted alpha / epsilon_i; its passes run under the caller's
+            autocast.
+            "auto": 3e-3 under autocast to bfloat16, else "alpha". Not for derivative="exact".
         loss_scale: Factor of the whole gradient.
         max_batch_size: Images that pass through the network at once where no sub-batch does: the sampled estimator's
             other sub-batches, the reference's whole batch. More are taken in pieces, whose gradients add up.
@@ -200,8 +218,10 @@ def regularized_backward(
     check_step(model, criterion, images, labels, params)
     check_numbers(max_batch_size, beta=beta, loss_scale=loss_scale)
     count = sub_batch_count(len(images), sub_batches, sub_batch_size)
-    split = _split(images, labels, criterion, count, estimator, num_sampled)
-    resolved = resolve_derivative(derivative, alpha, inner, criterion, params, split.penalized[0])
+    split = split_batch(images, labels, criterion, count, estimator, num_sampled)
+    scheme = resolve_scheme(derivative, alpha, step, inner, criterion, params, split.penalized[0])
+    resolved = scheme.derivative
+    size = _norm(params) if scheme.rho else None
 
     passes = Passes(model, criterion, params)
     # The whole-batch loss of "reference" moves the state of the model; its sub-batches do not.
@@ -214,10 +234,11 @@ def regularized_backward(
         for i, (batch, relative) in enumerate(zip(split.penalized, split.relative, strict=True)):
             last = split.rest is None and i == len(split.penalized) - 1
             penalty_weight = beta / len(split.penalized) * relative
-            with _precision(resolved, params):
-                sub = _sub_batch(passes, batch, alpha, resolved, fraction, total if last else None)
+            with _precision(scheme, params):
+                sub = _sub_batch(passes, batch, scheme, size, fraction, total if last else None)
                 loss = loss + _weighted(split.loss_weight * relative, sub.loss)
                 penalty = penalty + _weighted(relative / len(split.penalized), sub.penalty)
+                penalty_weight = penalty_weight * sub.scale
                 known = split.loss_weight * relative + (penalty_weight if resolved == "finite_difference" else 0.0)
                 add_scaled(total, sub.gradient, loss_scale * known)
                 objective, at = loss_scale * penalty_weight * sub.surrogate, sub.at
@@ -261,54 +282,10 @@ def plain_backward(
     params = trainable_parameters(unwrapped(model))
     check_step(model, criterion, images, labels, params)
     check_numbers(max_batch_size, loss_scale=loss_scale)
-    whole = _Split([], [], 0.0, (images, labels), 1.0, 1.0)
+    whole = Split([], [], 0.0, (images, labels), 1.0, 1.0)
     with hooks_once(params) as release:
         loss = _plain(Passes(model, criterion, params), whole, {}, release, loss_scale, max_batch_size)
     return Losses(loss, torch.zeros((), device=images.device))
-
-
-class _Split(NamedTuple):
-    """L = loss_weight * (sum over `penalized`) + rest_weight * (mean over `rest`), where the sub-batches count as much
-    as `relative` says."""
-
-    penalized: list[Batch]
-    relative: list[float | Tensor]
-    loss_weight: float
-    rest: Batch | None
-    rest_weight: float | Tensor
-    rest_fraction: float
-    """Of the images."""
-
-
-def _split(
-    images: Tensor, labels: Tensor, criterion: Criterion, count: int, estimator: Estimator, num_sampled: int | None
-) -> _Split:
-    if estimator not in get_args(Estimator):
-        raise ValueError(f"estimator must be one of {', '.join(get_args(Estimator))}, got {estimator!r}")
-    if estimator != "sampled" and num_sampled is not None:
-        raise ValueError(
-            f"num_sampled needs estimator='sampled', got num_sampled={num_sampled} and estimator={estimator!r}"
-        )
-    if estimator == "sampled" and (num_sampled is None or not 1 <= num_sampled <= count):
-        raise ValueError(f"num_sampled must be from 1 to the number of sub-batches, {count}, got {num_sampled}")
-    size = len(images) // count
-    batches = list(zip(images.split(size), labels.split(size), strict=True))
-    counted = shares(criterion, [part for _, part in batches])
-    relative = [count * share if isinstance(share, Tensor) else 1.0 for share in counted]
-    if estimator == "fused":
-        return _Split(batches, relative, 1 / count, None, 0.0, 0.0)
-    if estimator == "reference":
-        return _Split(batches, relative, 0.0, (images, labels), 1.0, 1.0)
-    order = torch.randperm(count).tolist()
-    rest = sorted(order[num_sampled:])
-    return _Split(
-        [batches[i] for i in order[:num_sampled]],
-        [relative[i] for i in order[:num_sampled]],
-        1 / count,
-        (torch.cat([batches[i][0] for i in rest]), torch.cat([batches[i][1] for i in rest])) if rest else None,
-        sum(relative[i] for i in rest) / count,
-        len(rest) / count,
-    )
 
 
 def _weighted(weight: float | Tensor, value: Tensor) -> Tensor:
@@ -320,7 +297,7 @@ def _weighted(weight: float | Tensor, value: Tensor) -> Tensor:
 
 def _plain(
     passes: Passes,
-    split: _Split,
+    split: Split,
     total: Params,
     release: Callable[[Params], Params],
     loss_scale: float,
@@ -349,8 +326,8 @@ def _plain(
 
 
 class _SubBatch(NamedTuple):
-    """One sub-batch at w. The gradient of its penalty is that of `surrogate` (exact), or g_i plus that of `surrogate`
-    (finite difference)."""
+    """One sub-batch at w. The gradient of its penalty is that of `surrogate` (exact), or `scale` times the sum of g_i
+    and that of `surrogate` (finite difference)."""
 
     loss: Tensor
     penalty: Tensor
@@ -358,18 +335,26 @@ class _SubBatch(NamedTuple):
     surrogate: Tensor
     at: Params
     """Where to differentiate `surrogate`."""
+    scale: float | Tensor = 1.0
+    """alpha / epsilon_i."""
 
 
 def _sub_batch(
-    passes: Passes, batch: Batch, alpha: float, derivative: Derivative, fraction: float | None, total: Params | None
+    passes: Passes,
+    batch: Batch,
+    scheme: Scheme,
+    size: Tensor | None,
+    fraction: float | None,
+    total: Params | None,
 ) -> _SubBatch:
     """A sub-batch of a step: the pass at w moves the state of the model over a `fraction` of the batch, unless None;
-    the pass at w - alpha g_i starts from the same state, and moves none. `total`: see `Passes`, for the last pass."""
-    exact = derivative == "exact"
+    the pass at w - epsilon_i g_i starts from the same state, and moves none. `size` is |w|. `total`: see `Passes`, for
+    the last pass."""
+    exact = scheme.derivative == "exact"
     # The state and the weights from here on, before the pass at w.
     shifted = {} if exact else _copies(passes.params, attached=total is not None)
     network = None if exact else passes.network(shifted)
-    with _repeated(derivative, passes.params):
+    with _repeated(scheme.derivative, passes.params):
         if fraction is None:
             loss = passes.pure(passes.network({}), batch, None)
         else:
@@ -377,14 +362,14 @@ def _sub_batch(
             last = total is not None
             loss = passes.tracked(own, fraction, total if exact else None, counted=last)
 
-    def perturbed(g: Params) -> Tensor:
+    def perturbed(g: Params, length: float | Tensor) -> Tensor:
         assert network is not None
         with torch.no_grad():
-            torch._foreach_sub_([shifted[name] for name in g], list(g.values()), alpha=alpha)
+            add_scaled(shifted, g, -length)
         return passes.pure(network, batch, None if total is None else total | g)
 
     settled = nullcontext if fraction is None else passes.settled
-    sub = _evaluate(loss, perturbed, passes.params, alpha, derivative, settled())
+    sub = _evaluate(loss, perturbed, passes.params, scheme, size, settled())
     return sub if exact or total is not None else sub._replace(at=shifted)
 
 
@@ -392,22 +377,22 @@ def _copies(params: Params, attached: bool) -> Params:
     """Copies to be moved: leaves; or part of the graph, one node a parameter, so that the parameters' hooks fire."""
     if attached:
         return {name: parameter.clone() for name, parameter in params.items()}
-    copies = torch._foreach_clone([parameter.detach() for parameter in params.values()])
-    return {name: copy.requires_grad_() for name, copy in zip(params, copies, strict=True)}
+    return {name: parameter.detach().clone().requires_grad_() for name, parameter in params.items()}
 
 
 def _evaluate(
     loss: Tensor,
-    perturbed: Callable[[Params], Tensor],
+    perturbed: Callable[[Params, float | Tensor], Tensor],
     params: Params,
-    alpha: float,
-    derivative: Derivative,
+    scheme: Scheme,
+    size: Tensor | None,
     settled: AbstractContextManager[None],
 ) -> _SubBatch:
-    """`loss` at w; `perturbed(g)` is the loss at w - alpha g; both see the same dropout mask. `settled` is for the
-    backward pass of `loss`."""
-    if derivative == "exact":
-        with _exact(derivative), settled:
+    """`loss` at w; `perturbed(g, epsilon)` is the loss at w - epsilon g; both see the same dropout mask. `settled` is
+    for the backward pass of `loss`."""
+    alpha = scheme.alpha
+    if scheme.derivative == "exact":
+        with _exact(scheme.derivative), settled:
             g = gradient(loss, params, create_graph=True)
         constant = {name: tensor.detach() for name, tensor in g.items()}
         penalty = alpha * dot(constant, g)
@@ -415,12 +400,31 @@ def _evaluate(
         return _SubBatch(loss.detach(), penalty.detach(), constant, penalty + 0.0 * loss, params)
     with settled:
         g = gradient(loss, params)
-    moved_loss = perturbed(g)
-    return _SubBatch(loss.detach(), (loss - moved_loss).detach(), g, -moved_loss, params)
+    if size is None:
+        moved_loss = perturbed(g, alpha)
+        return _SubBatch(loss.detach(), (loss - moved_loss).detach(), g, -moved_loss, params)
+    assert scheme.rho is not None
+    # A gradient of zeros moves nothing, however far.
+    length = scheme.rho * size / _norm(g).clamp_min(torch.finfo(size.dtype).tiny ** 0.5)
+    kind = size.device.type
+    # Autocast would keep its copies of all moved weights.
+    with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
+        moved_loss = perturbed(g, length)
+    scale = alpha / length
+    return _SubBatch(loss.detach(), scale * (loss - moved_loss).detach(), g, -moved_loss, params, scale)
 
 
-def _precision(derivative: Derivative, params: Params) -> AbstractContextManager[None]:
-    return full_precision(devices(params)[0]) if derivative == "finite_difference" else math_attention()
+def _norm(params: Params) -> Tensor:
+    """|params|, a scalar."""
+    norms = torch._foreach_norm([tensor.detach() for tensor in params.values()])
+    return torch.stack(norms).square().sum().sqrt()
+
+
+def _precision(scheme: Scheme, params: Params) -> AbstractContextManager[None]:
+    """What the passes compute in; a longer step leaves it to the caller."""
+    if scheme.derivative == "exact":
+        return math_attention()
+    return full_precision(devices(params)[0]) if scheme.rho is None else nullcontext()
 
 
 def _repeated(derivative: Derivative, params: Params) -> AbstractContextManager[None]:

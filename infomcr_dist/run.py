@@ -183,10 +183,9 @@ def _prepare_run(config: Config, recipe: Path, world: World, committed: Committe
     resources.callback(writer.wait)
     with world.synchronize_errors():
         if world.rank == 0:
-            directory.mkdir(parents=True, exist_ok=True)
+            checkpoint.make_directory(directory / "checkpoints", "run_dir")
             if not world.elastic:  # there a lost rank 0 may end after the one in its place has begun
                 resources.callback(os.close, lock_run(directory))
-            (directory / "checkpoints").mkdir(exist_ok=True)
             checkpoint.remove_unfinished(directory / "checkpoints")
             checkpoint.write_atomically(directory / "config.yaml", lambda file: file.write(to_yaml(config).encode()))
         steps = experiment.sampler.steps

@@ -29,6 +29,7 @@ from infomcr_dist.records import (
     StepRecord,
     drop_after,
 )
+from infomcr_dist.world import InUse
 
 # 1.25-fold steps from 1 ms to a minute: a quantile read off the histogram is within 12 % of the true one.
 _SECONDS = tuple(round(0.001 * 1.25**k, 6) for k in range(50))
@@ -49,7 +50,8 @@ class Telemetry:
         info: what the run is, the labels of ``infomcr_run_info``.
 
     Raises:
-        ValueError: the endpoint's port is taken.
+        InUse: the endpoint's port is taken.
+        ValueError: it cannot be used.
     """
 
     def __init__(
@@ -75,8 +77,9 @@ class Telemetry:
         try:
             self._endpoint = Endpoint(self._prometheus.registry, settings.address, port)
         except OSError as error:
-            reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error})"
-            raise ValueError(
+            taken = error.errno == errno.EADDRINUSE
+            reason = "is in use" if taken else f"cannot be used ({error})"
+            raise (InUse if taken else ValueError)(
                 f"telemetry.port: port {port} on {settings.address} {reason} "
                 f"(telemetry.port={settings.port} + local rank {local_rank}): "
                 "give another telemetry.port, or telemetry.port=null for no endpoint"

@@ -9,14 +9,13 @@ the step they are in, with that step saved. Under launch/elastic.sh workers may 
 state after the last step in memory, and a world of another size resumes from there. A worker that gets SIGTERM there
 exits after its step, and the others continue.
 
-Exit code 0: trained; 75: stopped, resume with resume=auto; 2: a mistake in the settings or the data, reported in one
-line; 1: anything else.
+Exit code 0: trained; 75: stopped, resume with resume=auto, or a port or the run directory is in use, try again later;
+2: a mistake in the settings or the data, reported in one line; 1: anything else.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from contextlib import ExitStack
@@ -27,12 +26,14 @@ import torch
 from torch import nn
 
 from infomcr_dist import diagnostics
-from infomcr_dist.checkpoint import write_atomically
+from infomcr_dist.allocator import keep_freed_memory
 from infomcr_dist.cli import TRAIN
 from infomcr_dist.config import Config
 from infomcr_dist.engines import run_in_world
 from infomcr_dist.evaluate import Curvature, Errors, estimate_curvature, evaluate
 from infomcr_dist.experiment import measured_images
+from infomcr_dist.first_order import FirstOrder
+from infomcr_dist.graphs import Graphs
 from infomcr_dist.precision import set_deterministic, set_ieee_float32
 from infomcr_dist.progress import Durations, epoch_line, summary
 from infomcr_dist.records import (
@@ -45,10 +46,11 @@ from infomcr_dist.records import (
     StepRecord,
 )
 from infomcr_dist.run import Run, prepare_run
+from infomcr_dist.run_lock import PidFile
 from infomcr_dist.schedules import TimeFraction
 from infomcr_dist.signals import StopRequest
 from infomcr_dist.state import Committed
-from infomcr_dist.step import train_step
+from infomcr_dist.step import first_order_only, train_step
 from infomcr_dist.watchdog import Watchdog
 from infomcr_dist.world import SLOW, HostsChanged, Stopped, UserError, World
 from pipelines.console import detached, reader_gone
@@ -63,6 +65,7 @@ def train(run: Run, stop: StopRequest) -> None:
     """The remaining epochs: steps, evaluation, metric, checkpoint; then the final table."""
     config, world, telemetry, state = run.config, run.world, run.telemetry, run.state
     criterion = nn.CrossEntropyLoss(label_smoothing=config.optimizer.label_smoothing)
+    graphs = build_graphs(run, criterion)
     durations = Durations()
     metric_time = TimeFraction(config.metric.max_time_fraction, began=time.perf_counter())
     test = train = metric = None
@@ -70,7 +73,7 @@ def train(run: Run, stop: StopRequest) -> None:
     run.commit()
     for epoch in range(state.epoch, config.epochs):
         last = epoch + 1 == config.epochs
-        training_loss = train_epoch(run, epoch, criterion, durations, stop)
+        training_loss = train_epoch(run, epoch, criterion, durations, stop, graphs)
         world.location = f"the end of epoch {epoch + 1}"
         state.learning_rate.end_epoch(epoch, training_loss)
         world.average_buffers(state.model)
@@ -99,7 +102,9 @@ def train(run: Run, stop: StopRequest) -> None:
         raise Stopped(f"trained, but the last checkpoint is missing: {failure}", saved=False)
 
 
-def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations, stop: StopRequest) -> float:
+def train_epoch(
+    run: Run, epoch: int, criterion: nn.Module, durations: Durations, stop: StopRequest, graphs: Graphs | None
+) -> float:
     """Every global batch of an epoch once; returns the mean training loss over all workers' images.
 
     Raises:
@@ -153,6 +158,7 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
             clip_gradient_norm=config.optimizer.clip_gradient_norm,
             max_batch_size=config.data.max_batch_size,
             flags=(stop.requested, world.hosts_changed()),
+            graphs=graphs,
         )
         world.progress, world.patience = world.progress + 1, SLOW
         if result.finite:
@@ -201,7 +207,7 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
         if config.compare_weights_steps and (step + 1) % config.compare_weights_steps == 0:
             diagnostics.compare_weights(run)
         run.log_saved()
-        if reader_gone():
+        if reader_gone() or world.launcher_gone():
             stop.request()
         stop_requested, hosts_changed = result.flags
         every_steps = config.checkpoint.every_steps
@@ -217,9 +223,37 @@ def train_epoch(run: Run, epoch: int, criterion: nn.Module, durations: Durations
     return loss_sum / images_seen if images_seen else math.nan
 
 
+def build_graphs(run: Run, criterion: nn.Module) -> Graphs | None:
+    """The run's steps as CUDA graphs, or compiled; None: kernel by kernel."""
+    config, model, device, size = run.config, run.state.model, run.world.device, run.experiment.image_size
+    if device.type != "cuda" and not config.compile:
+        return None
+    settings = config.regularizer
+    model.train()
+    images = torch.zeros(2 * (run.experiment.sub_batch_size or 1), 3, size, size, device=device)
+    labels = torch.zeros(len(images), dtype=torch.int64, device=device)
+    try:
+        if settings.when != "never" and not first_order_only(settings.estimator, settings.derivative):
+            raise ValueError(f"estimator={settings.estimator}, derivative={settings.derivative}")
+        passes = FirstOrder(
+            model,
+            criterion,
+            images,
+            labels,
+            bf16=config.precision == "bf16",
+            streams=min(8, run.experiment.num_sub_batches) if device.type == "cuda" else 1,
+            compile=config.compile,
+        )
+    except ValueError as reason:
+        run.telemetry.message(f"steps are launched kernel by kernel, which is slow on a GPU: {reason}")
+        return None
+    return Graphs(passes, model, run.state.optimizer, run.world, config.optimizer.clip_gradient_norm)
+
+
 @detached()
 def main(arguments: list[str]) -> int:
     """The command; returns the exit code. No console delays or ends it."""
+    keep_freed_memory()
     config, recipe, mistake = Config(), "", None
     try:
         (recipe,), overrides = TRAIN.parse(arguments)
@@ -235,16 +269,16 @@ def main(arguments: list[str]) -> int:
             stack.callback(stop.close)
             if config.hang_timeout_seconds is not None:
                 stack.callback(Watchdog(world, config.hang_timeout_seconds).close)
-            if config.pid_dir is not None:
-                stack.callback(_pid_file(config.pid_dir, world).unlink, missing_ok=True)
-            _run_with_restarts(config, Path(recipe), mistake, world, stop)
+            pid_file = PidFile(config.pid_dir, world.local_rank)
+            stack.callback(pid_file.remove)
+            _run_with_restarts(config, Path(recipe), mistake, world, stop, pid_file)
         return 0
 
     return run_in_world(body, config.hang_timeout_seconds, config.engine)
 
 
 def _run_with_restarts(
-    config: Config, recipe: Path, mistake: Exception | None, world: World, stop: StopRequest
+    config: Config, recipe: Path, mistake: Exception | None, world: World, stop: StopRequest, pid_file: PidFile
 ) -> None:
     """Prepare and train; where an elastic world is restarted, again from the last committed step.
 
@@ -257,10 +291,7 @@ def _run_with_restarts(
             with world.synchronize_errors():
                 if mistake is not None:
                     raise mistake
-                if config.pid_dir is not None:
-                    path = _pid_file(config.pid_dir, world)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    write_atomically(path, lambda file: file.write(b"%d\n" % os.getpid()))
+                pid_file.write()
             run = prepare_run(config, recipe, world, committed)
             stop.listen()
             if committed is not None:
@@ -277,10 +308,6 @@ def _run_with_restarts(
             if run is not None:
                 run.close()
         world.restart()
-
-
-def _pid_file(directory: str, world: World) -> Path:
-    return Path(directory) / f"rank-{world.local_rank}.pid"
 
 
 def _errors(run: Run, split: Literal["train", "test"]) -> Errors:

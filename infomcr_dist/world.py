@@ -25,11 +25,17 @@ class UserError(Exception):
 
     Args:
         everywhere: every worker raises it, so that rank 0 reports it; otherwise the one that met it does.
+        exit_code: of the command: 2, or 75 (try again later) for what may pass without the user.
     """
 
-    def __init__(self, message: str, *, everywhere: bool = False) -> None:
+    def __init__(self, message: str, *, everywhere: bool = False, exit_code: int = 2) -> None:
         super().__init__(message)
         self.everywhere = everywhere
+        self.exit_code = exit_code
+
+
+class InUse(ValueError):
+    """What is needed belongs to another process, which may end: a port, a run directory, a worker's pid file."""
 
 
 class Finished(Exception):
@@ -86,7 +92,7 @@ class World(ABC):
         """
 
     @abstractmethod
-    def average_gradients(self, optimizer: torch.optim.Optimizer, values: Tensor) -> list[float]:
+    def average_gradients(self, optimizer: torch.optim.Optimizer, values: Tensor) -> Tensor:
         """Wait until every ``p.grad`` is the mean over the workers.
 
         Args:
@@ -120,10 +126,18 @@ class World(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Leave the world."""
+        """Leave the world, as every worker does."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Leave it after an error that the others may not have met, and wait for none of them."""
 
     def hosts_changed(self) -> bool:
         """Whether hosts joined or left since the world began, as far as this worker was notified."""
+        return False
+
+    def launcher_gone(self) -> bool:
+        """Whether the launcher is lost, as far as this worker can find out."""
         return False
 
     def restart(self) -> None:
@@ -143,15 +157,15 @@ class World(ABC):
         Raises:
             UserError: on every worker if the block failed on any, with the message of the lowest failing rank.
         """
-        failure: str | None = None
+        failure: tuple[str, int] | None = None
         try:
             yield
         except (ValueError, OSError) as error:
-            failure = str(error)
+            failure = (str(error), 75 if isinstance(error, InUse) else 2)
         failures = self.gather(failure)
-        first = next((message for message in failures if message is not None), None)
+        first = next((found for found in failures if found is not None), None)
         if first is not None:
-            raise UserError(first, everywhere=True)
+            raise UserError(first[0], everywhere=True, exit_code=first[1])
 
 
 class SingleProcess(World):
@@ -163,8 +177,8 @@ class SingleProcess(World):
     def distribute(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         return model, optimizer
 
-    def average_gradients(self, optimizer: torch.optim.Optimizer, values: Tensor) -> list[float]:
-        return values.tolist()
+    def average_gradients(self, optimizer: torch.optim.Optimizer, values: Tensor) -> Tensor:
+        return values
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
@@ -182,6 +196,9 @@ class SingleProcess(World):
         pass
 
     def close(self) -> None:
+        pass
+
+    def abort(self) -> None:
         pass
 
 

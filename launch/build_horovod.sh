@@ -2,6 +2,7 @@
 # Builds the Horovod wheel for the torch of the Python given, once, and prints its path.
 #
 #   usage: [HOROVOD_WITH_MPI=1] launch/build_horovod.sh PYTHON    (it has torch, numpy, setuptools < 80, wheel and cmake)
+#          launch/build_horovod.sh PYTHON FOLDER                  leaves the patched sources in FOLDER, and builds nothing
 #
 # HOROVOD_WITH_MPI=1: for mpirun too; it needs an MPI with its compiler (Debian: openmpi-bin, libopenmpi-dev).
 #
@@ -14,9 +15,31 @@ version=0.28.1
 sdist_sha256=92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0
 patches=("$(dirname "${BASH_SOURCE[0]}")"/horovod/*.patch)
 
-python=${1:?usage: launch/build_horovod.sh PYTHON}
+python=${1:?usage: launch/build_horovod.sh PYTHON [FOLDER]} folder=${2:-}
 say() { printf '%s\n' "$*" >&2; }
 fail() { say "build_horovod: $*"; exit 1; }
+
+# Leaves the patched sources in $work/horovod-$version.
+fetch_sources() {
+    command -v patch >/dev/null || fail "no patch: install it (Debian, Ubuntu: apt-get install patch)"
+    "$python" -m pip download --quiet --no-deps --no-build-isolation --no-binary horovod --dest "$work" "horovod==$version" >"$work/log" 2>&1 \
+        || { tail -n 20 "$work/log" >&2; fail "the source of horovod $version could not be downloaded: is the package index reachable?"; }
+    local sdist=$work/horovod-$version.tar.gz
+    echo "$sdist_sha256  $sdist" | sha256sum --check --quiet >&2 || fail "the source of horovod $version is not the one expected (SHA-256 $sdist_sha256)"
+    tar -xzf "$sdist" -C "$work"
+    for patch in "${patches[@]}"; do
+        patch --directory="$work/horovod-$version" --strip=1 --fuzz=0 --batch --forward --no-backup-if-mismatch <"$patch" >"$work/log" 2>&1 \
+            || { cat "$work/log" >&2; fail "$patch does not apply to the source of horovod $version"; }
+    done
+}
+
+if [[ -n $folder ]]; then
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    fetch_sources
+    mkdir -p "$folder" && cp -r "$work/horovod-$version/." "$folder/"
+    exit 0
+fi
 
 facts=$("$python" -c '
 import sys, sysconfig, torch
@@ -48,24 +71,13 @@ if ((${#wheels[@]})); then
 fi
 
 command -v "${CXX:-g++}" >/dev/null || fail "no C++ compiler: install one (Debian, Ubuntu: apt-get install g++)"
-command -v patch >/dev/null || fail "no patch: install it (Debian, Ubuntu: apt-get install patch)"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 say "Horovod $version for $facts: building the wheel, once, 3 to 5 minutes on two cores …"
 PATH=$(dirname "$python"):$PATH
 
-"$python" -m pip download --quiet --no-deps --no-build-isolation --no-binary horovod --dest "$work" "horovod==$version" >"$work/log" 2>&1 \
-    || { tail -n 20 "$work/log" >&2; fail "the source of horovod $version could not be downloaded: is the package index reachable?"; }
-sdist=$work/horovod-$version.tar.gz
-echo "$sdist_sha256  $sdist" | sha256sum --check --quiet >&2 || fail "the source of horovod $version is not the one expected (SHA-256 $sdist_sha256)"
-tar -xzf "$sdist" -C "$work"
-source=$work/horovod-$version
-for patch in "${patches[@]}"; do
-    patch --directory="$source" --strip=1 --fuzz=0 --batch --forward --no-backup-if-mismatch <"$patch" >"$work/log" 2>&1 \
-        || { cat "$work/log" >&2; fail "$patch does not apply to the source of horovod $version"; }
-done
-
-(cd "$source" && env "${options[@]}" MAKEFLAGS="-j$(nproc)" "$python" -m pip wheel --no-deps --no-build-isolation --wheel-dir "$work/wheel" .) >"$work/log" 2>&1 \
+fetch_sources
+(cd "$work/horovod-$version" && env "${options[@]}" MAKEFLAGS="-j$(nproc)" "$python" -m pip wheel --no-deps --no-build-isolation --wheel-dir "$work/wheel" .) >"$work/log" 2>&1 \
     || { tail -n 40 "$work/log" >&2; fail "the compilation failed (its last lines are above): a C++20 compiler (g++ 10 or later) and the headers of $python (Debian, Ubuntu: apt-get install g++ python3-dev) are needed"; }
 
 # Complete or absent: the wheel's directory gets its final name once it is complete.

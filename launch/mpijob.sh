@@ -5,8 +5,8 @@
 #
 # The operator has the first launcher wait for the workers (WaitForWorkersReady), but not one that replaces it, and
 # horovodrun gives up on a host at once. horovodrun ends with 75 when a worker's pod is deleted (a preemption, a drained
-# node) and all ranks have saved: the command is then started again, in this pod, once the pod's replacement answers.
-# Any other exit code ends the launcher's pod with it.
+# node) and all ranks have saved, or when ranks of a lost launcher still live: the command is then started again, in this
+# pod, once all workers answer. Any other exit code ends the launcher's pod with it.
 set -euo pipefail
 hostfile=/etc/mpi/hostfile    # lines "HOST slots=N"
 (($#)) || { echo "usage: launch/mpijob.sh COMMAND …" >&2; exit 2; }
@@ -24,7 +24,7 @@ while true; do
     processes=0 waited_for=''
     while read -r host slots; do
         until timeout 5 bash -c "exec 3<>/dev/tcp/$host/2222" 2>/dev/null; do
-            [[ $waited_for == "$host" ]] || echo "mpijob: waiting for $host" >&2
+            [[ $waited_for == "$host" ]] || echo "mpijob: waiting for $host (the operator replaces deleted pods alone: delete one that is Failed)" >&2
             waited_for=$host
             sleep 2
         done
@@ -40,6 +40,6 @@ while true; do
     fi
     [[ $code == 75 && -z $terminated ]] || exit "$code"
     launcher=''
-    echo "mpijob: saved; the run resumes when all workers answer again" >&2
+    echo "mpijob: ended with 75; the run resumes when all workers answer again" >&2
     sleep 10    # a deleted pod still answers for a moment
 done

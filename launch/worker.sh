@@ -22,6 +22,8 @@ options=(
     PasswordAuthentication=no
     KbdInteractiveAuthentication=no
     DisableForwarding=yes
+    ClientAliveInterval=5    # a launcher whose host is lost closes no connection: end its sessions
+    ClientAliveCountMax=3
     MaxStartups=100    # all ranks of a host connect at once; sshd's own limit is 10
 )
 exec /usr/sbin/sshd -D -e -f /dev/null "${options[@]/#/-o}"

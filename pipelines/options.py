@@ -13,6 +13,7 @@ import math
 import textwrap
 import types
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -264,10 +265,13 @@ def _check_key(section: Any, key: Any, prefix: str, new_names: Mapping[str, str]
 def _convert(hint: Any, value: Any) -> Any:
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        if value is None or (isinstance(value, Typed) and value in _NULL):
+        if types.NoneType in inner and (value is None or (isinstance(value, Typed) and value in _NULL)):
             return None
-        (hint,) = (kind for kind in inner if kind is not types.NoneType)
-        return _convert(hint, value)
+        kinds = [kind for kind in inner if kind is not types.NoneType]
+        for kind in kinds[:-1]:
+            with suppress(ValueError, KeyError, OverflowError):
+                return _convert(kind, value)
+        return _convert(kinds[-1], value)
     if hint is Any or origin is dict:
         value = _free(value)
         if hint is Any or isinstance(value, dict):
@@ -363,7 +367,7 @@ def _as_typed(value: Any) -> str:
 def _type_text(hint: Any) -> str:
     inner = [kind for kind in get_args(hint) if kind not in (types.NoneType, ...)]
     if get_origin(hint) in (Union, types.UnionType):
-        return "|".join([*map(_type_text, inner), "null"])
+        return "|".join([*map(_type_text, inner), *(["null"] if types.NoneType in get_args(hint) else [])])
     if get_origin(hint) is Literal:
         return "|".join(map(str, inner))
     if get_origin(hint) is tuple:
@@ -376,7 +380,7 @@ def _choices(hint: Any) -> tuple[str, ...]:
     inner = get_args(hint)
     if get_origin(hint) in (Union, types.UnionType):
         found = [choice for kind in inner for choice in _choices(kind)]
-        return (*found, "null") if found else ()
+        return (*found, "null") if found and types.NoneType in inner else tuple(found)
     if get_origin(hint) is Literal:
         return tuple(map(str, inner))
     return ("true", "false") if hint is bool else ()
@@ -387,7 +391,8 @@ def _in_words(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, inner))
     if get_origin(hint) in (Union, types.UnionType):
-        return f"{_in_words(inner[0])} or null"
+        words = [*map(_in_words, inner), *(["null"] if types.NoneType in get_args(hint) else [])]
+        return " or ".join(words)
     if get_origin(hint) is tuple:
         return "a list of " + {float: "numbers", int: "whole numbers"}.get(inner[0], "texts")
     plain = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}

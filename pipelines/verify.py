@@ -48,9 +48,9 @@ def verify(path: Path, processes: int = 0) -> Iterator[str]:
     dataset = open_dataset(path)
     digests = _digests(path)
     tasks = [
-        (_one_shard(split, number), digests.get((split.name, shard.path.name)))
+        (shard, digests.get((shard.name, shard.shards[0].path.name)))
         for split in dataset.splits.values()
-        for number, shard in enumerate(split.shards)
+        for shard in _by_shard(split)
     ]
     workers = min(processes or available_cores(), len(tasks))
     with ProcessPoolExecutor(workers, initializer=begin_worker, initargs=(os.getpid(),)) as pool:
@@ -66,11 +66,16 @@ def _digests(path: Path) -> dict[tuple[str, str], str]:
     return {(name, shard["name"]): shard["sha256"] for name, split in splits.items() for shard in split["shards"]}
 
 
-def _one_shard(split: Split, number: int) -> Split:
-    ids = np.flatnonzero(split.index["shard"] == number)
-    index = split.index[ids].copy()
-    index["shard"] = 0
-    return Split(split.name, (split.shards[number],), index)
+def _by_shard(split: Split) -> Iterator[Split]:
+    """A split of each shard, whose samples are in a row."""
+    first = 0
+    for number, shard in enumerate(split.shards):
+        index = split.index[first : first + shard.samples].copy()
+        if (index["shard"] != number).any():
+            raise ValueError(f"the index of {shard.path} is not in the order of the shards: prepare the data set again")
+        index["shard"] = 0
+        yield Split(split.name, (shard,), index)
+        first += shard.samples
 
 
 def _faults(task: tuple[Split, str | None]) -> list[str]:

@@ -11,7 +11,10 @@ from urllib.parse import unquote, urlsplit
 
 
 class Server(ThreadingHTTPServer):
-    """`faults` are spent one a request (of a path that matches `faulty`); `requests` are those that came."""
+    """`faults` are spent one a request (of a path that matches `faulty`); `requests` are those that came.
+
+    Requests that "meet" are answered once they are there together, as many as `meeting` takes.
+    """
 
     daemon_threads = True
 
@@ -25,6 +28,7 @@ class Server(ThreadingHTTPServer):
         self.tags = True
         self.lock = threading.Lock()
         self.over = threading.Event()
+        self.meeting = threading.Barrier(1)
 
     def fault(self, line: str) -> str:
         with self.lock:
@@ -59,6 +63,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
+        if fault == "meet":
+            self.server.meeting.wait(20)
         if fault == "stall":
             self.server.over.wait(20)
         size = file.stat().st_size

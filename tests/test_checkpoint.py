@@ -2,7 +2,9 @@
 
 import errno
 import hashlib
+import operator
 import os
+import pathlib
 import pickle
 import re
 import subprocess
@@ -201,16 +203,68 @@ def test_a_checkpoint_of_another_release_is_refused_in_one_line(run: Path, other
 
 
 class Payload:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, ("executed",)
+    def __init__(self, function: Any, *arguments: object) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Any, tuple[object, ...]]:
+        return self.call
 
 
-def test_a_checkpoint_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("payload", "named"),
+    [
+        (Payload(os.mkdir, "executed"), "it holds "),
+        (Payload(exec, "open('executed', 'w')"), "it holds "),
+        (Payload(operator.methodcaller, "touch"), "it holds operator.methodcaller, which is neither a tensor nor"),
+        (Payload(torch.hub.load, "executed"), "it holds torch.hub.load, which"),
+        (Payload(getattr, "x", "upper"), "it holds "),
+        (pathlib.PurePosixPath("x"), "it holds pathlib.PurePosixPath, which"),
+    ],
+)
+def test_a_checkpoint_cannot_run_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, payload: object, named: str
+) -> None:
+    """Nor does a message advise to load it all the same, as torch's does."""
     monkeypatch.chdir(tmp_path)
-    torch.save({"format": checkpoint.FORMAT, "model": Payload()}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match=r"evil.pt is not a readable checkpoint"):
+    torch.save({"format": checkpoint.FORMAT, "model": payload}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match=rf"evil.pt is not a readable checkpoint: {named}") as caught:
         checkpoint.load(tmp_path / "evil.pt")
     assert not (tmp_path / "executed").exists()
+    for advice in ("weights_only", "trust", "allow", "Re-running", "\033", "\n"):
+        assert advice not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", pickle.dumps(Path), pickle.dumps({"a": 1}), b"PK\3\4xxxx"])
+def test_a_file_that_is_no_checkpoint_is_refused_without_advice(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "other.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"other.pt is not a readable checkpoint: \w") as caught:
+        checkpoint.load(tmp_path / "other.pt")
+    for advice in ("weights_only", "trust", "allow", "\033", "\n"):
+        assert advice not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["run", "run/checkpoints"])
+@pytest.mark.parametrize("what", ["a link to missing, which is missing", "a file"])
+def test_a_directory_that_is_something_else(tmp_path: Path, place: str, what: str) -> None:
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    if what == "a file":
+        (tmp_path / place).touch()
+    else:
+        (tmp_path / place).symlink_to("missing")
+    message = f"run_dir: {tmp_path / place} must be a directory, is {what}: remove it, or give another"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        checkpoint.make_directory(tmp_path / "run" / "checkpoints", "run_dir")
+
+
+def test_a_checkpoint_takes_the_place_of_another_of_its_step(run: Path) -> None:
+    """As that after an evaluation takes the place of the one before it."""
+    directory = run / "checkpoints"
+    for step in (1, 2, 3):
+        checkpoint.save(directory, step, state(step), keep=2)
+        checkpoint.save(directory, step, state(10 * step), keep=2, best=step == 1)
+    assert [p.name[:13] for p in checkpoint.newest_first(directory)] == [f"step-0000000{step}" for step in (3, 2, 1)]
+    assert checkpoint.load_newest(run, pytest.fail)[1]["step"] == 30
+    assert checkpoint.load(directory / "best.pt")["step"] == 10
 
 
 def test_resume_from_nothing(tmp_path: Path) -> None:

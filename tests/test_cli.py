@@ -12,7 +12,7 @@ from data_sets import make_folder
 from infomcr_dist.cli import COMMANDS, MEASURE, STUDY, TRAIN, main
 from infomcr_dist.config import Config
 from pipelines.command import INSPECT, PREPARE
-from pipelines.options import describe, load
+from pipelines.options import describe, flat, load, to_dict, to_yaml
 
 ROOT = Path(__file__).parent.parent
 DEMO = str(ROOT / "infomcr_dist" / "recipes" / "demo.yaml")
@@ -39,7 +39,7 @@ def test_help_shows_usage_exit_codes_and_every_setting(name: str, capsys: pytest
     # Written out once, independently of where they come from.
     if name == "train":
         assert "regularizer.beta=float Weight β of the penalty. (default: 10.0)" in text
-        assert "data.backend=dali|torch|webdataset|synthetic Loader" in text
+        assert "data.backend=dali|torch|resident|webdataset|synthetic Loader" in text
         assert "optimizer.clip_gradient_norm=float|null" in text
         assert "RECIPE one recipe or one of cifar10, demo, imagenet128 (default: demo)" in text
 
@@ -82,6 +82,19 @@ def test_settings_are_understood_in_three_forms() -> None:
     assert STUDY.parse(["table_1", "--grid.network.cnn.epochs", "5"])[1] == ["grid.network.cnn.epochs=5"]
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_setting_of_text_takes_what_is_typed(name: str, tmp_path: Path) -> None:
+    settings = COMMANDS[name].settings_type()
+    needed = {"study": ["grid={a: {b: {}}}"], "train": ["data.batch_size=1"], "doctor": ["data.batch_size=1"]}
+    names = {setting.name for setting in describe(settings) if setting.type in ("text", "text|null")}
+    for setting in sorted(names - {"telemetry.pushgateway", "compare", "choose"}):  # these must name what exists
+        for text in ("4711_1", "073015", "1.10", "on", "run #2", "runs/lr=0.1,bs=64", "1e3", "[x", " a: b ", "12:30"):
+            tree = load(settings, None, [*needed.get(name, []), f"{setting}={text}"])
+            assert flat(to_dict(tree))[setting] == text
+            (tmp_path / "written.yaml").write_text(to_yaml(tree))
+            assert load(settings, tmp_path / "written.yaml", []) == tree
+
+
 def test_the_last_value_wins() -> None:
     (recipe,), overrides = TRAIN.parse(["epochs=9", "--epochs", "7", "schedule.milestones=[]", "--epochs=8"])
     assert load(Config, Path(recipe), overrides).epochs == 8
@@ -95,6 +108,10 @@ def test_a_path_with_an_equals_sign_is_a_path(tmp_path: Path, monkeypatch: pytes
     assert MEASURE.parse(given) == (["lr=0.1,bs=64", "seed=3", "runs/lr=0.1"], ["seed=4", "output=x"])
     assert MEASURE.parse(["--seed=3", "run"]) == (["run"], ["seed=3"]), "with dashes it is a setting in any case"
     assert MEASURE.parse(["run", "--", "lr=1", "--trials"]) == (["run", "lr=1", "--trials"], [])
+    for command in COMMANDS.values():  # each takes paths: checkpoints, runs, data sets, recipes
+        (tmp_path / "a=1.yaml").touch()
+        given = ["lr=0.1,bs=64", "a=1.yaml"] if command is PREPARE else ["a=1.yaml"]
+        assert command.parse([*given, "seed=4"]) == (given, ["seed=4"])
     assert MEASURE.parse(["run", "x" * 5000 + "=1"]) == (["run"], ["x" * 5000 + "=1"]), "no path can be as long"
 
 
@@ -189,7 +206,7 @@ def test_a_bug_keeps_its_traceback() -> None:
         ("study ta", {"table_1", "table_2", "table_3"}),
         ("train data.b", {"data.backend=", "data.batch_size="}),
         ("train cifar10 epochs=3 regularizer.e", {"regularizer.epoch=", "regularizer.estimator="}),
-        ("train data.backend=", {"dali", "torch", "webdataset", "synthetic"}),
+        ("train data.backend=", {"dali", "torch", "resident", "webdataset", "synthetic"}),
         ("train data.backend=w", {"webdataset "}),
         ("train --data.back", {"--data.backend "}),
         ("train --data.backend d", {"dali "}),

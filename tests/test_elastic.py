@@ -40,11 +40,16 @@ class Job:
         self.run, self.hosts = folder / name, folder / f"{name}-hosts"
         self.set_hosts(hosts)
         script = folder / f"{name}-discover.sh"
-        script.write_text(f"#!/bin/sh\ncat {self.hosts}\n")
+        noise = (
+            "printf '\\n \\t\\n# all that are up\\r\\n'; sed 's/:1/ # one/' "
+            if command[0].endswith("elastic.sh")
+            else "cat "
+        )
+        script.write_text(f"#!/bin/sh\n{noise}{self.hosts}\n")
         script.chmod(0o755)
         self.log = folder / f"{name}.log"
         command = [part.replace("SCRIPT", str(script)) for part in command]
-        environment = os.environ | {"PYTHONPATH": f"{WORKERS}:{ROOT}"}
+        environment = os.environ | {"PYTHONPATH": f"{WORKERS}:{ROOT}", "http_proxy": "http://127.0.0.1:9"}  # nobody
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(

@@ -83,6 +83,18 @@ def test_a_mistake_on_one_worker_ends_all(reports: list[dict[str, Any]]) -> None
         assert report["synchronized"] == [f"trouble on rank {len(reports) - 1}", True]
 
 
+def test_no_thread_of_gloo_outlives_its_world(tmp_path: Path) -> None:
+    """However a command ends: one that frees a tensor while the interpreter exits would abort the process."""
+    command = [sys.executable, str(WORKERS / "leaving.py"), str(tmp_path)]
+    result = launch(2, *command, cwd=tmp_path, engine="torch")
+    assert result.returncode == 0, result.stdout + result.stderr
+    for rank, last in enumerate((1, 2)):
+        codes, during, after = zip(*json.loads((tmp_path / f"{rank}.json").read_text()), strict=True)
+        assert codes == (0, 75, 2, last)
+        assert all(during)
+        assert not any(after)
+
+
 @pytest.mark.parametrize(
     ("installed", "beginning"),
     [

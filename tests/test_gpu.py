@@ -27,7 +27,10 @@ from infomcr_dist.step import PenaltySettings, build_optimizer, train_step
 from infomcr_dist.world import SingleProcess
 from pipelines import Batch, LocalBatch, evaluation_batches
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: run it on a machine that has one")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: run it on a machine that has one"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+]
 GPU = torch.device("cuda", 0)
 
 

@@ -93,6 +93,42 @@ def worker(overlay: str) -> Object:
     return templates(f"overlays/{overlay}")["Worker"]["spec"]["containers"][0]
 
 
+def gibibytes(quantity: str) -> int:
+    assert quantity.endswith("Gi")
+    return int(quantity.removesuffix("Gi"))
+
+
+_ROLE = "training.kubeflow.org/job-role"
+POD = {"training.kubeflow.org/operator-name": "mpi-operator", "training.kubeflow.org/job-name": "x"}
+TRAINER = {"app.kubernetes.io/component": "trainer"}
+
+
+def admitted(folder: str, to: Object, port: int, source: Object, namespace: str = "training") -> bool:
+    """Whether the policies of a folder, in the namespace ``training``, let a pod with these labels reach such a port.
+
+    As the API defines it: a pod that a policy selects is closed but for what some policy allows.
+    """
+
+    def selects(selector: Object, labels: Object) -> bool:
+        assert selector.keys() <= {"matchLabels"}
+        return selector.get("matchLabels", {}).items() <= labels.items()
+
+    def is_peer(peer: Object) -> bool:
+        home = {"kubernetes.io/metadata.name": namespace}
+        there = selects(peer["namespaceSelector"], home) if "namespaceSelector" in peer else namespace == "training"
+        return there and selects(peer.get("podSelector", {}), source)
+
+    def lets_in(rule: Object) -> bool:
+        ports = rule.get("ports")
+        open_port = ports is None or any(p["port"] <= port <= p.get("endPort", p["port"]) for p in ports)
+        return open_port and any(is_peer(peer) for peer in rule["from"])
+
+    specs = [policy["spec"] for policy in named(folder, "NetworkPolicy").values()]
+    mine = [spec for spec in specs if selects(spec["podSelector"], to)]
+    assert all(spec["policyTypes"] == ["Ingress"] for spec in mine)
+    return not mine or any(lets_in(rule) for spec in mine for rule in spec["ingress"])
+
+
 def containers(folder: str) -> Iterator[tuple[str, Object, Object]]:
     """Every container with what it is for and its pod's spec."""
     for role, template in templates(folder).items():
@@ -232,8 +268,15 @@ def test_every_container_is_confined(folder: str) -> None:
             "capabilities": {"drop": ["ALL"]},
         }
         assert container["resources"]["requests"] == container["resources"]["limits"], name
-        assert {"cpu", "memory"} <= container["resources"]["limits"].keys()
+        limits = container["resources"]["limits"]
+        assert {"cpu", "memory", "ephemeral-storage"} <= limits.keys(), "guaranteed: such pods are evicted last"
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        sizes = {"memory": 0, "ephemeral-storage": 0}
+        for volume in volumes.values():
+            if "emptyDir" in volume:
+                kind = "memory" if volume["emptyDir"].get("medium") == "Memory" else "ephemeral-storage"
+                sizes[kind] += gibibytes(volume["emptyDir"]["sizeLimit"])
+        assert all(size < gibibytes(limits[kind]) for kind, size in sizes.items()), name
         mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
         assert "emptyDir" in mounts["/tmp"]
         if "/dev/shm" in mounts:
@@ -325,9 +368,33 @@ def test_ports_agree(overlay: str, tmp_path: Path) -> None:
         assert "2222" in (ROOT / "launch" / script).read_text()
     monitor = only(f"overlays/{overlay}", "PodMonitor")["spec"]
     assert ports.keys() - {"ssh"} <= {endpoint["port"] for endpoint in monitor["podMetricsEndpoints"]}
-    (metrics,) = only(f"overlays/{overlay}", "NetworkPolicy")["spec"]["ingress"][1]["ports"]
-    assert metrics["port"] <= telemetry.port
-    assert telemetry.port + slots - 1 <= metrics["endPort"]
+    for rank in range(slots):
+        assert admitted(f"overlays/{overlay}", POD | {_ROLE: "worker"}, telemetry.port + rank, {}, "monitoring")
+
+
+@pytest.mark.parametrize("overlay", [*OVERLAYS, "trainjob"])
+def test_a_worker_admits_its_job_and_prometheus_alone(overlay: str) -> None:
+    worker = TRAINER if overlay == "trainjob" else POD | {_ROLE: "worker"}
+    prometheus = {"app.kubernetes.io/name": "prometheus"}
+    for port, source, namespace, expected in (
+        (9500, prometheus, "monitoring", True),
+        (9507, prometheus, "monitoring", True),
+        (9508, prometheus, "monitoring", False),
+        (2222, prometheus, "monitoring", False),
+        (29500, prometheus, "monitoring", False),
+        (9500, prometheus, "default", False),
+        (9500, prometheus, "training", False),
+        (9500, worker, "elsewhere", False),
+        (9500, {}, "training", False),
+        (2222, worker, "training", True),
+        (40000, worker, "training", True),
+    ):
+        assert admitted(f"overlays/{overlay}", worker, port, source, namespace) == expected, (port, source, namespace)
+    launcher = POD | {_ROLE: "launcher"}
+    if overlay != "trainjob":
+        assert admitted(f"overlays/{overlay}", worker, 2222, launcher)
+        assert admitted(f"overlays/{overlay}", launcher, 40000, worker)
+        assert not admitted(f"overlays/{overlay}", launcher, 9500, prometheus, "monitoring")
 
 
 def test_data_preparation_and_measurement_are_ours(tmp_path: Path) -> None:
@@ -427,9 +494,7 @@ def test_the_train_job_is_ours(tmp_path: Path) -> None:
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {f"rank-{rank}": config.telemetry.port + rank for rank in range(job["numProcPerNode"])}
     labels = template["metadata"]["labels"]
-    policy = only("overlays/trainjob", "NetworkPolicy")["spec"]
-    assert policy["podSelector"]["matchLabels"] == labels
-    assert policy["ingress"][0] == {"from": [{"podSelector": {"matchLabels": labels}}]}
+    assert labels == TRAINER
     assert only("overlays/trainjob", "PodMonitor")["spec"]["selector"]["matchLabels"] == labels
     assert "preStop" not in str(template), "torchrun forwards SIGTERM itself"
 
@@ -471,6 +536,7 @@ class Cluster:
         self._templates, self._job = templates(f"overlays/{overlay}"), only(f"overlays/{overlay}", "MPIJob")
         self._folder, self._hosts = folder, hosts
         self.containers: list[Container] = []
+        self.spare: list[network.Host] = []
         self._volumes = {name: folder / name for name in ("shards", "runs", "recipes")}
         operator = {"/etc/mpi": folder / "mpi", self._job["spec"]["sshAuthMountPath"]: folder / "ssh"}
         for path in (*self._volumes.values(), *operator.values()):
@@ -497,6 +563,11 @@ class Cluster:
         beside.write_text("".join(["#!/bin/sh\n", *lines]))
         beside.chmod(0o555)
         beside.replace(script)
+
+    def move_launcher(self) -> network.Host:
+        """From now on launchers start on another host; returns the one before."""
+        before, self._hosts[0] = self._hosts[0], self.spare.pop()
+        return before
 
     def launcher(self, **environment: str) -> Container:
         return self._start("Launcher", 0, LAUNCHER_ENVIRONMENT | environment)
@@ -545,9 +616,11 @@ class Cluster:
 
 
 @contextmanager
-def cluster(overlay: str, recipe: str, workers: int, folder: Path, data: Path) -> Iterator[Cluster]:
-    with network.namespaces(1 + workers) as hosts:
-        made = Cluster(overlay, recipe, folder, hosts, data)
+def cluster(overlay: str, recipe: str, workers: int, folder: Path, data: Path, spare: int = 0) -> Iterator[Cluster]:
+    """A launcher's host and the workers'; so many more take no part yet."""
+    with network.namespaces(1 + workers + spare) as hosts:
+        made = Cluster(overlay, recipe, folder, hosts[: 1 + workers], data)
+        made.spare = hosts[1 + workers :]
         try:
             yield made
         finally:
@@ -580,7 +653,7 @@ def test_the_demo_is_preempted_and_resumes(tmp_path: Path, small_data: Path) -> 
         demo.wait_for("the launcher waits again", lambda: "waiting for demo-worker-1" in first.text())
         assert "stopped: saved after step" in first.text()
         assert re.search(r"^horovodrun: rank [01] on .* failed first, with exit code 75$", first.text(), re.MULTILINE)
-        assert "mpijob: saved; the run resumes when all workers answer again" in first.text()
+        assert "mpijob: ended with 75; the run resumes when all workers answer again" in first.text()
         assert not workers[0].exec(["ls", "/tmp/ranks"]).stdout
         saved = len(demo.steps())
         assert 8 <= saved < total
@@ -599,6 +672,28 @@ def test_the_demo_is_preempted_and_resumes(tmp_path: Path, small_data: Path) -> 
         mistaken = demo.launcher()
         assert mistaken.process.wait(60) == 2, mistaken.text()
         assert "Traceback" not in mistaken.text()
+
+
+@needs_horovod
+@pytest.mark.skipif(network.missing() is not None, reason=str(network.missing()))
+def test_a_launcher_s_host_is_lost_without_a_word(tmp_path: Path, small_data: Path) -> None:
+    """A launcher that meets the ranks of the lost one tries again; they notice, save and end, and it resumes."""
+    with cluster("demo", RECIPE.replace("epochs: 6", "epochs: 1000"), 1, tmp_path, small_data, spare=1) as demo:
+        worker, lost = demo.worker(0), demo.launcher()
+        demo.wait_for("steps", lambda: len(demo.steps()) >= 8)
+        pid = worker.exec(["cat", "/tmp/ranks/rank-0.pid"]).stdout
+        host = demo.move_launcher()
+        again = demo.launcher()
+        demo.wait_for("the other launcher tries again", lambda: "mpijob: ended with 75; the run" in again.text())
+        assert "rank-0.pid is that of a worker that is alive" in again.text()
+        assert worker.exec(["cat", "/tmp/ranks/rank-0.pid"]).stdout == pid
+        assert lost.process.poll() is None
+        network.Hosts([host], tmp_path).cut(host)
+        read = ["cat", "/tmp/ranks/rank-0.pid"]
+        demo.wait_for("it resumes", lambda: worker.exec(read).stdout not in ("", pid), seconds=120)
+        saved = len(demo.steps())
+        demo.wait_for("more steps", lambda: len(demo.steps()) >= saved + 2)
+        assert [record.step for record in demo.steps()] == list(range(1, len(demo.steps()) + 1))
 
 
 @pytest.mark.skipif(network.missing() is not None, reason=str(network.missing()))

@@ -3,9 +3,11 @@
 import hashlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +49,78 @@ def test_prestop_signals_and_waits_for_the_workers(tmp_path: Path, on_term: str,
         ended = subprocess.run([str(LAUNCH / "prestop.sh"), str(tmp_path), "2"], check=False)
         assert ended.returncode == code
         worker.kill()
+
+
+DISCOVERED = "--host-discovery-script"
+
+
+@pytest.fixture
+def elastic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """What launch/elastic.sh gives to horovodrun."""
+    launcher = tmp_path / "horovodrun"
+    launcher.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
+    launcher.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("INTERFACE", "eth7")
+
+    def given(*arguments: str) -> list[str]:
+        done = subprocess.run([str(LAUNCH / "elastic.sh"), *arguments], stdout=subprocess.PIPE, text=True, check=True)
+        return done.stdout.split("\0")[:-1]
+
+    return given
+
+
+@pytest.mark.parametrize(
+    ("arguments", "added"),
+    [
+        (["--min-np", "2", "--max-np", "8"], ["--blacklist-cooldown-range", "10", "60", "-np", "2"]),
+        (["-np", "3", "--min-np", "2"], ["--blacklist-cooldown-range", "10", "60"]),
+        (["--min-np", "2", "-np", "3"], ["--blacklist-cooldown-range", "10", "60"]),
+        (["--blacklist-cooldown-range", "1", "3", "--min-np", "1"], ["-np", "1"]),
+    ],
+)
+def test_elastic_adds_to_the_options_and_leaves_the_command(
+    elastic: Callable[..., list[str]], arguments: list[str], added: list[str]
+) -> None:
+    command = ["env", "A=1 2", "/x/python3", "-m", "x", "--min-np", "9", DISCOVERED, "y", "--network-interface", "z"]
+    assert elastic(*arguments, *command) == [*added, "--network-interface", "eth7", *arguments, *command]
+    found = elastic(*arguments, "--network-interface", "lo", "infomcr", "train")
+    assert found == [*added, *arguments, "--network-interface", "lo", "infomcr", "train"]
+
+
+@pytest.mark.parametrize(
+    ("printed", "hosts"),
+    [
+        ("a:2\nb:1\n", "a:2\nb:1\n"),
+        ("\na:2\n \n\t\n\nb\n\n", "a:2\nb\n"),
+        ("# all\r\n a:2 # up\r\n\r\n", "a:2\n"),
+        ("", ""),
+        ("\n", ""),
+    ],
+)
+@pytest.mark.parametrize("path", ["hosts.sh", "python hosts/it's.sh"])
+@pytest.mark.parametrize("form", [[DISCOVERED, "{}"], [DISCOVERED + "={}"]])
+def test_elastic_tidies_what_the_discovery_script_prints(
+    elastic: Callable[..., list[str]], tmp_path: Path, printed: str, hosts: str, path: str, form: list[str]
+) -> None:
+    script = tmp_path / path
+    script.parent.mkdir(exist_ok=True)
+    script.write_text(f"#!/bin/sh\nprintf %s {shlex.quote(printed)}\nexit $CODE\n")
+    script.chmod(0o755)
+    found = elastic(*(part.format(shlex.quote(str(script)) + " --zone b") for part in form), "python", "x")
+    assert "--slots-per-host" in found
+    command = found[found.index(DISCOVERED) + 1]
+    for code in (0, 3):  # as horovodrun runs it
+        done = subprocess.run(
+            command, shell=True, env=os.environ | {"CODE": str(code)}, stdout=subprocess.PIPE, text=True, check=False
+        )
+        assert (done.returncode, done.stdout) == (code, hosts)
+
+
+def test_elastic_leaves_the_slots_that_are_given(elastic: Callable[..., list[str]]) -> None:
+    found = elastic(DISCOVERED, "x", "--slots-per-host", "4", "python")
+    assert found.count("--slots-per-host") == 1
+    assert found[found.index("--slots-per-host") + 1] == "4"
 
 
 # Horovod's patches.

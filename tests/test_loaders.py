@@ -71,6 +71,7 @@ def test_images_and_labels_are_those_of_the_shards(dataset: Dataset, backend: st
         assert local_batch is expected
         assert images.dtype == torch.float32
         assert labels.dtype == torch.int64
+        assert images.is_contiguous(memory_format=torch.channels_last)
         np.testing.assert_allclose(pixels(dataset, images), decoded(dataset, local_batch.samples), atol=1.01)
         np.testing.assert_array_equal(labels.numpy(), split.labels[local_batch.samples])
         seen.append(len(labels))
@@ -179,7 +180,7 @@ def test_a_damaged_sample_stops_the_iteration_but_not_the_loader(tmp_path: Path,
     ("settings", "message"),
     [
         ({"augmentation": "mixup"}, "augmentation must be one of none, flip, .* got 'mixup'"),
-        ({"backend": "ffcv"}, "backend must be dali, torch, webdataset or synthetic, got 'ffcv'"),
+        ({"backend": "ffcv"}, "backend must be dali, torch, resident, webdataset or synthetic, got 'ffcv'"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"color_jitter": 1.0}, r"color_jitter must be in 0\.\.1, 1 excluded, got 1\.0"),
         ({"on_error": "ignore"}, "on_error must be stop or skip, got 'ignore'"),

@@ -193,3 +193,41 @@ def test_models_that_do_not_work_are_refused_in_one_line(name: str, message: str
     with pytest.raises(ValueError, match=message) as refused:
         build(name, 10, 32)
     assert "\n" not in str(refused.value)
+
+
+class Viewing(nn.Module):
+    """Calls `view` on what a convolution returns, which has to be contiguous for it."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.convolution, self.head = nn.Conv2d(3, 2, 3), nn.Linear(2 * 6 * 6, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.convolution(x).view(len(x), -1))
+
+
+def test_a_network_that_needs_contiguous_images_gets_them() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 8, 8)
+    torch.manual_seed(1)
+    plain = Viewing(5)
+    with pytest.raises(RuntimeError, match="view size"):
+        plain(images.contiguous(memory_format=torch.channels_last))
+    torch.manual_seed(1)
+    built = build(f"{__name__}:Viewing", 5, 8)
+    assert torch.equal(built(images.contiguous(memory_format=torch.channels_last)), plain(images))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_channels_last_changes_a_gradient_by_rounding_alone(name: str) -> None:
+    torch.manual_seed(0)
+    model, images, labels = build(name, 7, 16).double(), torch.randn(4, 3, 16, 16).double(), torch.arange(4)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):  # it draws its mask in the order of the memory
+            module.p = 0.0
+    gradients = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        loss = nn.functional.cross_entropy(model(images.contiguous(memory_format=memory_format)), labels)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for plain, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-9, atol=1e-11)

@@ -77,7 +77,7 @@ def test_bytes_normalized_by_the_device_are_the_same_images(
         loader.close()
     for (_, images, labels), (_, others, other_labels) in zip(*results, strict=True):
         assert others.dtype == torch.float32
-        assert others.is_contiguous()
+        assert others.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(images, others)
         assert torch.equal(labels, other_labels)
 
@@ -176,6 +176,12 @@ time.sleep(600)
     with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == "[1, 2]\n"  # both have begun, and wait for work
+        kill_and_see_all_end(parent, 2)
+
+
+def test_a_process_of_a_killed_doctor_ends() -> None:
+    script = "import time; from infomcr_dist.doctor import memory; memory.in_own_process('', '', time.sleep, 600)"
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, text=True) as parent:
         kill_and_see_all_end(parent, 2)
 
 

@@ -491,7 +491,8 @@ def test_finite_differences_run_in_full_precision() -> None:
     regularized_backward(model, criterion, images.float(), labels, **common)
     seen.clear()  # the first call looks at passes of its own
     with torch.autocast("cpu", torch.bfloat16):
-        regularized_backward(model, criterion, images.float(), labels, **common, derivative="finite_difference")
+        common["derivative"] = "finite_difference"
+        regularized_backward(model, criterion, images.float(), labels, **common, step="alpha")
         assert torch.is_autocast_enabled("cpu")
     full, plain = ("ieee", "ieee", False, torch.float32), ("tf32", "bf16", True, torch.bfloat16)
     assert seen == [full, full, plain]
@@ -499,7 +500,7 @@ def test_finite_differences_run_in_full_precision() -> None:
     seen.clear()
     with torch.autocast("cpu", torch.bfloat16):
         regularized_backward(model, criterion, images.float(), labels, **common)
-    assert seen == [plain, plain]
+    assert seen == [plain, plain, plain]
 
 
 @pytest.mark.parametrize("derivative", ["finite_difference", "exact", "auto"])
@@ -509,15 +510,75 @@ def test_the_penalty_survives_autocast(estimator: Any, derivative: Any) -> None:
     expected = ALPHA * double_backward(oracle, split(batch, 4))
     model, batch = smooth_net().float(), (batch[0].float(), batch[1])
     with torch.autocast("cpu", torch.bfloat16):
-        run(model, batch, {"estimator": estimator}, derivative=derivative, beta=0.0)
+        run(model, batch, {"estimator": estimator}, derivative=derivative, beta=0.0, step="alpha")
         plain = grads(model)
         model.zero_grad()
-        run(model, batch, {"estimator": estimator}, derivative=derivative)
+        run(model, batch, {"estimator": estimator}, derivative=derivative, step="alpha")
     assert relative(grads(model).double() - plain.double(), BETA * expected) < 0.01
 
 
+@pytest.mark.parametrize("rho", [1e-6, 1e-3, 0.3])
+def test_a_quadratic_gives_the_exact_product_at_any_step(rho: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(5, dtype=torch.float64, generator=generator)
+    matrices = [(lambda a: a @ a.T)(torch.randn(5, 5, dtype=torch.float64, generator=generator)) for _ in range(3)]
+
+    def loss_fn(params: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return params["w"] @ batch[0] @ params["w"] / 2
+
+    batches = [(a, torch.zeros(0)) for a in matrices]
+    result = sub_batch_penalty(loss_fn, {"w": w}, batches, ALPHA, step=rho)
+    expected = ALPHA * sum(a @ (a @ w) for a in matrices) / 3
+    torch.testing.assert_close(result.penalty_gradient["w"], expected, rtol=1e-8, atol=0)
+    lengths = [rho * w.norm() / (a @ w).norm() for a in matrices]
+    parts = [
+        ALPHA / length * (w @ a @ w - (w - length * a @ w) @ a @ (w - length * a @ w)) / 2
+        for a, length in zip(matrices, lengths, strict=True)
+    ]
+    torch.testing.assert_close(result.penalty, torch.stack(parts).mean(), rtol=1e-8, atol=0)
+
+
+def test_the_error_of_a_longer_step_falls_with_it() -> None:
+    loss_fn, params, batch = functional_loss(smooth_net()), trainable_parameters(smooth_net()), batch_of()
+    errors = [finite_difference_error(loss_fn, params, batch, ALPHA, rho) for rho in (1e-2, 1e-3, 1e-4, 1e-5)]
+    for error, smaller in itertools.pairwise(errors):
+        assert smaller == pytest.approx(error / 10, rel=0.1)
+
+
+@pytest.mark.parametrize("how", [{}, {"estimator": "reference"}, {"estimator": "sampled", "num_sampled": 4}])
+def test_autocast_takes_a_longer_step(how: Any) -> None:
+    batch, oracle = batch_of(), smooth_net()
+    expected = ALPHA * double_backward(oracle, split(batch, 4))
+    model, batch = smooth_net().float(), (batch[0].float(), batch[1])
+    found = []
+    for beta in (0.0, 1e3):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            penalty = run(model, batch, how, beta=beta).penalty
+        found.append(grads(model).double())
+    assert relative((found[1] - found[0]) / 1e3, expected) < 0.3  # of a step of length alpha: above 1, as below
+    mean = torch.stack([sum((g**2).sum() for g in gs) for gs in squared(oracle, split(batch_of(), 4))]).mean()
+    torch.testing.assert_close(penalty.double(), ALPHA * mean, rtol=0.2, atol=0)
+
+
+def squared(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, ...]]:
+    """The gradient of each batch."""
+    params = list(trainable_parameters(model).values())
+    return [torch.autograd.grad(F.cross_entropy(model(x), y), params) for x, y in batches]
+
+
+def test_a_gradient_of_zeros_moves_nothing() -> None:
+    model, images, labels = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), torch.zeros(4, 4), torch.tensor([0, 1] * 2)
+    nn.init.zeros_(model[1].bias)  # then every logit is 0, and the labels are balanced
+    losses = regularized_backward(
+        model, F.cross_entropy, images, labels, alpha=ALPHA, beta=BETA, sub_batches=2, step=1e-2
+    )
+    assert losses.penalty == 0
+    assert all(not parameter.grad.any() for parameter in model.parameters())
+
+
 def test_a_finite_difference_inside_autocast_would_be_noise() -> None:
-    # Why "auto" is "exact" there: the same difference taken by hand, in bfloat16.
+    # Why "auto" takes a longer step there: the same difference taken by hand, in bfloat16.
     batch, oracle = batch_of(), smooth_net()
     expected = ALPHA * double_backward(oracle, [batch])
     with torch.autocast("cpu", torch.bfloat16):
@@ -707,6 +768,9 @@ def test_a_step_holds_at_most_two_more_copies_of_the_parameters(how: dict[str, A
         ({"alpha": 0.0}, "alpha must be positive, got 0.0"),
         ({"alpha": float("nan")}, "alpha must be positive, got nan"),
         ({"derivative": "euler"}, "derivative must be one of finite_difference, exact, got 'euler'"),
+        ({"step": "far"}, "step must be 'alpha', 'auto' or a number between 0 and 1, got 'far'"),
+        ({"step": 2.0}, "step must be 'alpha', 'auto' or a number between 0 and 1, got 2.0"),
+        ({"step": 1e-3, "derivative": "exact"}, "derivative='exact' takes no step, got step=0.001"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_is_computed(settings: Any, message: str) -> None:

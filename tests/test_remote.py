@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from data_sets import jpeg, make_data_set
 from remote_server import Server, served
 from test_external import write_tar
 
-from pipelines import Dataset, LoaderConfig, Sampler, open_dataset, open_loader
+from pipelines import Dataset, LoaderConfig, Sampler, evaluation_batches, open_dataset, open_loader
 from pipelines.format import remote
 from pipelines.format.dataset import INDEX
 from pipelines.format.remote_shards import RangeCache
@@ -89,11 +90,8 @@ def test_shards_that_others_made(tmp_path: Path, server: Server) -> None:
     assert changed.fingerprint != expected.fingerprint
 
 
-def batches(
-    dataset: Dataset, backend: str, start: int, cache_bytes: int = 0
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    split = dataset.splits["train"]
-    config = LoaderConfig(
+def config_of(dataset: Dataset, backend: str, **more: int) -> LoaderConfig:
+    return LoaderConfig(
         backend=backend,  # type: ignore[arg-type]
         augmentation="random_resized_crop",
         size=24,
@@ -101,9 +99,15 @@ def batches(
         std=dataset.std,
         batch_size=8,
         device=torch.device("cpu"),
-        cache_bytes=cache_bytes,
+        **more,  # type: ignore[arg-type]
     )
-    loader = open_loader(split, config)
+
+
+def batches(
+    dataset: Dataset, backend: str, start: int, cache_bytes: int = 0
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    split = dataset.splits["train"]
+    loader = open_loader(split, config_of(dataset, backend, cache_bytes=cache_bytes))
     local_batches = Sampler(len(split), 16, seed=3).local_batches(1, rank=1, world_size=2, start=start)
     found = [(images.clone(), labels.clone()) for _, images, labels in loader.batches(local_batches)]
     loader.close()
@@ -122,6 +126,17 @@ def test_batches_are_those_of_local_shards_from_any_step_on(local: Dataset, serv
             assert torch.equal(images, local_images)
             assert torch.equal(labels, local_labels)
         assert bool(server.requests) == (start == 0), "what was read once is not asked for again"
+
+
+@pytest.mark.parametrize("backend", ["dali", "torch"])
+def test_samples_are_asked_for_side_by_side(local: Dataset, server: Server, backend: str) -> None:
+    dataset = open_dataset(f"{server.url}/data")
+    server.faulty, server.faults, server.meeting = "GET .*bytes", ["meet"] * 8, threading.Barrier(8)
+    loader = open_loader(dataset.splits["train"], config_of(dataset, backend, threads=1))
+    (batch,) = loader.batches(evaluation_batches(8, 8, 0, 1))
+    assert len(batch[2]) == 8
+    assert not server.meeting.broken
+    loader.close()
 
 
 FAULTS = ("503", "429", "500", "cut", "stall", "stall in the middle")

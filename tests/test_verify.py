@@ -1,16 +1,26 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from data_sets import make_data_set
 
-from pipelines.verify import verify
+from pipelines.verify import _by_shard, verify
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pipelines.verify", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+
+
+def test_the_samples_of_each_shard_are_in_a_row(tmp_path: Path) -> None:
+    split = make_data_set(tmp_path).splits["train"]
+    found = [len(shard) for shard in _by_shard(split)]
+    assert found == [shard.samples for shard in split.shards]
+    with pytest.raises(ValueError, match=r"000000\.tar is not in the order of the shards"):
+        list(_by_shard(replace(split, index=split.index[::-1])))
 
 
 def test_all_in_order(tmp_path: Path) -> None:

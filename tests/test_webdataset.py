@@ -65,6 +65,21 @@ def test_alone_every_sample_once_an_epoch_in_another_order(dataset: Dataset) -> 
     assert epochs[0] != epochs[1] != list(range(27))
 
 
+def test_of_a_part_of_the_samples_each_once_with_the_labels_given(dataset: Dataset) -> None:
+    """As data.train_images and data.confusion_images make it."""
+    whole = dataset.splits["train"]
+    ids = np.array([2, 5, 8, 20, 26, 1, 9])
+    part = whole.subset(ids)
+    part.index["label"] = np.arange(7)
+    loader = open_loader(part, config(dataset))
+    known = stored(dataset)
+    batches = list(loader.batches(Sampler(7, 3, seed=0).local_batches(0, 0, 1)))
+    seen = [known[identity(image)] for _, images, _ in batches for image in images]
+    assert sorted(seen) == sorted(ids)
+    assert [ids[label] for _, _, labels in batches for label in labels.tolist()] == seen
+    loader.close()
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_have_shards_of_their_own_and_full_batches(dataset: Dataset, size: int) -> None:
     shard = dataset.splits["train"].index["shard"]

@@ -1,19 +1,24 @@
 """Which world a process is in, by how it was started, and what a world does with errors."""
 
+import os
+import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, needs_horovod
 
+from benchmarks import hosts as network
 from infomcr_dist.engines import Engine, connect, launched_rank
-from infomcr_dist.world import SingleProcess, UserError
+from infomcr_dist.own_address import check_own_name
+from infomcr_dist.world import InUse, SingleProcess, UserError
 
 VARIABLES = ("HOROVOD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "PMI_SIZE", "PMI_RANK", "SLURM_NTASKS",
              "SLURM_PROCID", "SLURM_STEP_ID", "ENVIRONMENT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR",
-             "MASTER_PORT")  # fmt: skip
+             "MASTER_PORT", "HOROVOD_SIZE", "HOROVOD_LOCAL_SIZE", "LOCAL_WORLD_SIZE")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +118,82 @@ def test_an_engine_that_does_not_fit_how_the_process_was_started_is_refused(
     assert refused.value.everywhere
 
 
+ONE_HOST = {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2", "HOROVOD_LOCAL_SIZE": "2"}
+SEVERAL = {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2", "HOROVOD_LOCAL_SIZE": "1"}
+
+
+@pytest.mark.parametrize("environment", [ONE_HOST, SEVERAL, TORCHRUN | {"LOCAL_WORLD_SIZE": "1"}])
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        (None, "nowhere, its own name, does not resolve (Name or service not known): add it to /etc/hosts"),
+        ("192.0.2.1", "nowhere calls itself 192.0.2.1, which is not its address (errno 99): correct its /etc/hosts"),
+    ],
+)
+def test_a_host_whose_own_name_leads_nowhere_is_refused(
+    environment: dict[str, str], address: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call_this_host(address, monkeypatch)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=re.escape(f"rank 1: {message}")) as refused:
+        connect()
+    assert not refused.value.everywhere, "the rank that met it reports it"
+
+
+@pytest.mark.parametrize("environment", [{}, {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}])
+def test_the_name_of_a_single_process_s_host_does_not_matter(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call_this_host(None, monkeypatch)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert connect().size == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "address", "hint"),
+    [
+        (SEVERAL, "127.0.0.1", "nowhere calls itself 127.0.0.1; if the workers do not meet, that is the cause"),
+        (ONE_HOST, "127.0.0.1", None),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "2"}, None, None),  # torch's gloo takes the loopback address
+    ],
+)
+def test_a_name_that_may_serve(
+    environment: dict[str, str], address: str | None, hint: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call_this_host(address, monkeypatch)
+    assert check_own_name(environment) == hint
+
+
+def call_this_host(address: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Name it "nowhere", which leads to an address, or nowhere."""
+    look_up = socket.getaddrinfo
+
+    def found(host: str, *arguments: Any, **more: Any) -> Any:
+        if host == "nowhere" and address is None:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return look_up(address if host == "nowhere" else host, *arguments, **more)
+
+    monkeypatch.setattr(socket, "gethostname", lambda: "nowhere")
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+
+
+@needs_horovod
+@pytest.mark.skipif(network.missing() is not None, reason=str(network.missing()))
+def test_a_job_on_a_host_whose_own_name_leads_nowhere_ends_with_2(tmp_path: Path) -> None:
+    horovodrun = str(Path(sys.executable).with_name("horovodrun"))
+    job = [horovodrun, "-np", "2", sys.executable, "-m", "infomcr_dist.train"]
+    named = ["unshare", "--uts", "sh", "-c", 'hostname nowhere-to-be-found; exec "$@"', "sh", *job]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(named, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert 1 <= len(lines) <= 2
+    assert all("nowhere-to-be-found, its own name, does not resolve" in line for line in lines)
+    assert not list(tmp_path.iterdir())
+
+
 def test_workers_that_do_not_meet_report_it_in_one_line(tmp_path: Path) -> None:
     """Rank 0 cannot open the port at which the others would find it."""
     with socket.create_server(("127.0.0.1", 0)) as other:
@@ -171,5 +252,9 @@ def test_a_user_s_mistake_becomes_one_error_and_a_bug_stays_itself() -> None:
         with pytest.raises(UserError, match=str(mistake)) as error, world.synchronize_errors():
             raise mistake
         assert error.value.everywhere
+        assert error.value.exit_code == 2
+    with pytest.raises(UserError, match="taken") as error, world.synchronize_errors():
+        raise InUse("the port is taken")
+    assert error.value.exit_code == 75, "it may be free later"
     with pytest.raises(KeyError), world.synchronize_errors():
         raise KeyError("a bug")

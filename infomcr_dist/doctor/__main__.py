@@ -12,15 +12,16 @@ Exit code 0: all checks are ok; 1: one failed; 2: a mistake in the arguments or 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 from infomcr_dist.cli import DOCTOR
 from infomcr_dist.config import Config
 from infomcr_dist.doctor import examine
-from infomcr_dist.doctor.network import check_host_name
 from infomcr_dist.doctor.results import Result, lines, one_line, show
-from infomcr_dist.engines import run_in_world
+from infomcr_dist.engines import launched_rank, run_in_world
+from infomcr_dist.own_address import check_own_name
 from infomcr_dist.world import World
 from pipelines.console import lenient
 from pipelines.options import load
@@ -39,9 +40,10 @@ def main(arguments: list[str]) -> int:
         config = load(Config, Path(recipe), overrides)
     except ValueError as error:
         mistake = error
-    wrong = check_host_name()
-    if wrong is not None:
-        _print(wrong)
+    try:
+        check_own_name(os.environ)
+    except ValueError as error:
+        _print(Result("host name", False, f"rank {launched_rank(os.environ)}: {error}"))
         return 1
     connected = False
 

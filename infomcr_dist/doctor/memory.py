@@ -6,20 +6,20 @@ rate of 0.
 
 from __future__ import annotations
 
+import os
 import resource
-import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from infomcr_dist import models
+from infomcr_dist.allocator import keep_freed_memory
 from infomcr_dist.config import Config
 from infomcr_dist.doctor.results import Result, attempt, gigabytes
 from infomcr_dist.experiment import Experiment, compute_threads
@@ -28,6 +28,8 @@ from infomcr_dist.preflight import check_run
 from infomcr_dist.schedules import LearningRate, PenaltyWeight
 from infomcr_dist.step import PenaltySettings, build_optimizer, penalty_settings, train_step
 from infomcr_dist.world import SingleProcess, World
+from pipelines.free_memory import free_memory
+from pipelines.pools import begin_worker
 
 T = TypeVar("T")
 
@@ -165,7 +167,7 @@ def in_own_process(failure: str, remedy: str, function: Callable[..., T], *argum
     Raises:
         ValueError: the process ran out of memory, or was killed.
     """
-    with ProcessPoolExecutor(1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), begin_worker, (os.getpid(),)) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool:
@@ -196,7 +198,7 @@ def step_cost(trial: Trial, local_rank: int, threads: int, room: int) -> StepCos
     model, optimizer = world.distribute(model, build_optimizer(config.optimizer, model))
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    images = torch.randn(trial.images, 3, size, size, device=world.device)
+    images = torch.randn(trial.images, 3, size, size, device=world.device).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(trial.classes, (trial.images,), device=world.device)
     for _ in range(2):
         result = train_step(
@@ -247,19 +249,8 @@ def start_alone(local_rank: int, threads: int, room: int) -> tuple[World, int]:
     else:
         room = torch.cuda.mem_get_info()[0]
     torch.set_num_threads(threads)
+    keep_freed_memory()
     return world, room
-
-
-def free_memory() -> int:
-    """Bytes that processes may still take on this host, or in this container."""
-    facts = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(facts["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
-    except OSError:  # the root of all groups, or another version of them
-        return free
 
 
 class _Alone(SingleProcess):

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import ipaddress
 import math
-import os
 import socket
 import statistics
-import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from infomcr_dist.config import TelemetrySettings
 from infomcr_dist.doctor.results import Result, attempt
-from infomcr_dist.engines import launched_rank
+from infomcr_dist.own_address import is_loopback, listen
 from infomcr_dist.world import World
 
 CLOCK_SECONDS = 1.0
@@ -27,44 +23,12 @@ _ROUNDS = 5
 _CONNECT_SECONDS = 5.0
 
 
-@dataclass(frozen=True)
-class Listener:
-    """A host, and where it listens, at the address its own name resolves to."""
-
-    host: str
-    address: str
-    port: int
-    server: socket.socket
-
-
 def check_network(results: list[Result], settings: TelemetrySettings, world: World) -> None:
     """Telemetry's port, the hosts' names and connections, clocks and an allreduce, together with the other ranks."""
     attempt(results, "telemetry port", check_port, settings, world.local_rank)
     _check_hosts(results, world)
     attempt(results, "clock", judge_clocks, clock_offsets(world))
     _check_allreduce(results, world)
-
-
-def check_host_name() -> Result | None:
-    """What is wrong with this host's name, before the workers meet: gloo binds to the address it leads to.
-
-    Horovod's gloo aborts where it cannot; torch's takes the loopback address, which serves on one host. A name that
-    leads to this host alone is only a hint on stderr: the launcher may give another interface.
-    """
-    horovod = "HOROVOD_RANK" in os.environ
-    if not horovod and not {"RANK", "MASTER_ADDR"} <= os.environ.keys():
-        return None
-    local, whole = ("HOROVOD_LOCAL_SIZE", "HOROVOD_SIZE") if horovod else ("LOCAL_WORLD_SIZE", "WORLD_SIZE")
-    several_hosts = os.environ.get(local) != os.environ.get(whole)
-    rank, made = f"rank {launched_rank(os.environ)}: ", list[Result]()
-    own = attempt(made, "host name", listen)
-    if own is None:
-        return Result("host name", False, rank + made[0].text) if horovod or several_hosts else None
-    own.server.close()
-    if several_hosts and _is_loopback(own.address):
-        hint = f"{rank}{own.host} calls itself {own.address}; if the workers do not meet, that is the cause"
-        print(hint, file=sys.stderr, flush=True)
-    return None
 
 
 def check_port(settings: TelemetrySettings, local_rank: int) -> str:
@@ -88,28 +52,12 @@ def check_port(settings: TelemetrySettings, local_rank: int) -> str:
 
 def judge_name(host: str, address: str, hosts: int) -> str:
     """ValueError where a host's own name leads to itself alone, and there are others: gloo connects to that address."""
-    if hosts > 1 and _is_loopback(address):
+    if hosts > 1 and is_loopback(address):
         raise ValueError(
             f"{host} calls itself {address}, which other hosts cannot reach: "
             f"let {host} resolve to its network's address in its /etc/hosts"
         )
     return f"{host} is {address}"
-
-
-def listen() -> Listener:
-    """Listen where gloo would, at the address that this host's own name resolves to. OSError, ValueError if none."""
-    host = socket.gethostname()
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise ValueError(f"{host}, its own name, does not resolve ({error.strerror}): add it to /etc/hosts") from None
-    try:
-        server = socket.create_server((address[0], 0), family=family, backlog=1024)
-    except OSError as error:
-        raise ValueError(
-            f"{host} calls itself {address[0]}, which is not its address (errno {error.errno}): correct its /etc/hosts"
-        ) from None
-    return Listener(host, str(address[0]), server.getsockname()[1], server)
 
 
 def reach(others: Iterable[tuple[str, str, int]]) -> str:
@@ -183,7 +131,7 @@ def _check_hosts(results: list[Result], world: World) -> None:
         attempt(results, "host name", judge_name, own.host, own.address, len(set(hosts)))
     if len(set(hosts)) > 1 and hosts.index(hosts[world.rank]) == world.rank:
         first = {offer[0]: offer for offer in reversed(offers)}
-        others = [o for host, o in first.items() if host != hosts[world.rank] and o[1] and not _is_loopback(o[1])]
+        others = [o for host, o in first.items() if host != hosts[world.rank] and o[1] and not is_loopback(o[1])]
         attempt(results, "hosts", reach, others)
     world.barrier()
     if own is not None:
@@ -204,7 +152,3 @@ def _check_allreduce(results: list[Result], world: World) -> None:
     rate = f"64 MB in {1e3 * slowest:.3g} ms, {_ALLREDUCE_BYTES / slowest / 1e9:.2f} GB/s (median of {_ROUNDS})"
     wrong = next((result for result in made if not result.ok), None)
     results.append(wrong or Result("allreduce", True, rate if world.size > 1 else "one process"))
-
-
-def _is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address.partition("%")[0]).is_loopback

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Literal
 
+from infomcr_dist.own_address import check_own_name
 from infomcr_dist.world import Diverged, Finished, SingleProcess, Stopped, UserError, World
 
 Engine = Literal["auto", "horovod", "torch"]
@@ -25,10 +26,18 @@ def connect(hang_timeout_seconds: float | None = None, engine: Engine = "auto") 
 
     Raises:
         UserError: the launcher is not one of these, which would start processes that do not know of each other, or not
-            that of the engine.
+            that of the engine; or this host's own name leads nowhere.
         ConnectionError: the workers did not find each other.
     """
     chosen = _choose(os.environ, engine)
+    if chosen is not None:
+        rank = launched_rank(os.environ)
+        try:
+            hint = check_own_name(os.environ)
+        except ValueError as error:
+            raise UserError(f"rank {rank}: {error}") from None
+        if hint is not None:
+            print_error(f"rank {rank}: {hint}")
     if chosen == "torch":
         from infomcr_dist.engines.torch_distributed import TorchWorld
 
@@ -118,27 +127,33 @@ def run_in_world(
     try:
         world = connect(hang_timeout_seconds, engine)
     except UserError as error:
-        if launched_rank(os.environ) == 0:
+        if launched_rank(os.environ) == 0 or not error.everywhere:
             print_error(f"error: {error}")
-        return 2
+        return error.exit_code
     except ConnectionError as error:
         print_error(f"error: {error}")
         return 1
+    everywhere = True
     try:
         code = body(world)
     except world.exit_errors as error:
-        return report_and_exit_code(world, error)
-    if not world.elastic:
-        world.barrier()
+        code, everywhere = _report(world, error)
+    if not everywhere:
+        world.abort()
+        return code
+    if not world.elastic:  # there the others may continue
+        world.barrier()  # nobody exits, and is taken for the cause of an error, before rank 0 has reported it
     world.close()
     return code
 
 
-def report_and_exit_code(world: World, error: Exception) -> int:
-    """Report in one line, once over all workers, why a command exits; returns its exit code.
+def _report(world: World, error: Exception) -> tuple[int, bool]:
+    """Report in one line, once over all workers, why a command exits.
 
-    0 for `Finished`, 2 for a `UserError`, 75 for `Stopped` (try again later, in sysexits.h), 1 for anything else:
-    diverged weights, a state that could not be saved, another worker that is gone.
+    Returns:
+        The exit code: 0 for `Finished`, 75 for `Stopped` (try again later, in sysexits.h), a `UserError`'s own, 1 for
+        anything else: diverged weights, a state that could not be saved, another worker that is gone. And whether every
+        worker exits for this error.
     """
     everywhere = isinstance(error, Diverged | Stopped | Finished) or (isinstance(error, UserError) and error.everywhere)
     if isinstance(error, Stopped) and error.saved:
@@ -146,20 +161,18 @@ def report_and_exit_code(world: World, error: Exception) -> int:
     elif isinstance(error, Finished):
         code, kind = 0, "finished"
     else:
-        code, kind = 2 if isinstance(error, UserError) else 1, "error"
+        code, kind = error.exit_code if isinstance(error, UserError) else 1, "error"
     if everywhere:
         if world.rank == 0:
             print_error(f"\n{kind}: {error}")
-        if not world.elastic:  # there the others may continue
-            world.barrier()  # nobody exits, and is taken for the cause, before rank 0 has reported
-        return code
+        return code, True
     gone = (
         f"another worker is gone, or waits for something else than this one in {world.location}: "
         "resume from the last checkpoint with resume=auto"
     )
     reason = str(error) if isinstance(error, UserError) else gone
     print_error(f"\n{kind}: rank {world.rank}: {reason}")
-    return code
+    return code, False
 
 
 def print_error(text: str) -> None:

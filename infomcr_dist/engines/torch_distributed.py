@@ -16,7 +16,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # its functions keep the group there is when it is imported, as optimizers do
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _abort_process_group
 from torch.distributed.rendezvous import rendezvous
 
 from infomcr_dist.world import World, local_device
@@ -77,16 +79,16 @@ class TorchWorld(World):
                 value = tensor.contiguous()
                 dist.broadcast(value, src=0)
                 tensor.copy_(value)
-        self._gradients[optimizer] = _Gradients(model.parameters(), self._steps)
+        self._gradients[optimizer] = _Gradients(model.parameters(), self)
         return model, optimizer
 
-    def average_gradients(self, optimizer: torch.optim.Optimizer, values: Tensor) -> list[float]:
+    def average_gradients(self, optimizer: torch.optim.Optimizer, values: Tensor) -> Tensor:
         with _collective():
             wait = self._gradients[optimizer].begin_average()
             sums = values.clone()
             dist.all_reduce(sums, group=self._steps)
             wait()
-        return sums.tolist()
+        return sums
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
@@ -119,6 +121,18 @@ class TorchWorld(World):
 
     def close(self) -> None:
         dist.destroy_process_group()
+        self._drop()
+
+    def abort(self) -> None:
+        _abort_process_group()
+        self._drop()
+
+    def _drop(self) -> None:
+        """Drop the last reference to a group, which ends gloo's threads.
+
+        One that frees a tensor while the interpreter exits aborts the process.
+        """
+        del self._steps
 
 
 def _agree(store: Any, rank: int, size: int, limit: timedelta) -> str:
@@ -174,8 +188,8 @@ class _Gradients:
     numbers in the same order in every step, also in one that a resumed run repeats.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], group: Any) -> None:
-        self._group, self._sent = group, 0
+    def __init__(self, parameters: Iterable[nn.Parameter], world: TorchWorld) -> None:
+        self._world, self._sent = world, 0
         self._buckets = [_bucket(members) for members in _split([p for p in parameters if p.requires_grad])]
         for bucket in self._buckets:
             for parameter in bucket.parameters:
@@ -197,7 +211,7 @@ class _Gradients:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         torch._foreach_copy_(bucket.views, [p.grad for p in bucket.parameters if p.grad is not None])
-        bucket.work = dist.all_reduce(bucket.vector, group=self._group, async_op=True)
+        bucket.work = dist.all_reduce(bucket.vector, group=self._world._steps, async_op=True)
         self._sent += 1
 
     def begin_average(self) -> Callable[[], None]:
@@ -210,7 +224,7 @@ class _Gradients:
         for bucket in self._buckets:
             assert bucket.work is not None
             bucket.work.wait()
-            bucket.vector.div_(self._group.size())
+            bucket.vector.div_(self._world.size)
             for parameter, view in zip(bucket.parameters, bucket.views, strict=True):
                 parameter.grad = view
             bucket.missing, bucket.work = len(bucket.parameters), None

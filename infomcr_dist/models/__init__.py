@@ -35,6 +35,9 @@ _WORDS = {"true": True, "false": False, "null": None, "none": None}
 def build(name: str, classes: int, image_size: int) -> nn.Module:
     """A network that maps images (B, 3, image_size, image_size) to logits (B, classes).
 
+    It is to be given images in the memory format channels_last, as loaders give them. One by import path that cannot
+    take them (it may call `view` on what a convolution returns) makes them contiguous first.
+
     Args:
         name: A name in MODELS, or an import path with arguments, "package.module:function,argument,name=value":
             `torchvision.models:resnet18`, `timm:create_model,resnet18d,pretrained=true`. The function is given the
@@ -68,8 +71,16 @@ def build(name: str, classes: int, image_size: int) -> nn.Module:
         raise ValueError(f"model={name!r} must return a torch module, got {type(model).__name__}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"model={name!r} has nothing to train: no parameter requires a gradient")
-    _check_logits(name, model, classes, image_size)
+    try:
+        _check_logits(name, model, classes, image_size, torch.channels_last)
+    except ValueError:
+        _check_logits(name, model, classes, image_size, torch.contiguous_format)
+        model.register_forward_pre_hook(_contiguous)
     return model
+
+
+def _contiguous(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    return inputs[0].contiguous()
 
 
 def _call(builder: Any, arguments: list[str], classes: int, image_size: int) -> Any:
@@ -103,11 +114,14 @@ def _value(text: str) -> Any:
         return text
 
 
-def _check_logits(name: str, model: nn.Module, classes: int, image_size: int) -> None:
+def _check_logits(
+    name: str, model: nn.Module, classes: int, image_size: int, memory_format: torch.memory_format
+) -> None:
     """In training and in eval mode, on copies of the modules, which leave their state and the random numbers alone."""
     parameter = next(model.parameters())
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         images = torch.rand(2, 3, image_size, image_size, dtype=parameter.dtype, device=parameter.device)
+        images = images.contiguous(memory_format=memory_format)
         for evaluate in (False, True):
             try:
                 logits = functional_loss(model, evaluate=evaluate).logits({}, images)

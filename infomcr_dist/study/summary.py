@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import rc_context
 
-from infomcr_dist.checkpoint import write_atomically
+from infomcr_dist.checkpoint import make_directory, write_atomically
 from infomcr_dist.study import results
 from infomcr_dist.study.grid import StudyRun, state_of, values_of
 from infomcr_dist.study.results import Results
@@ -71,7 +71,7 @@ def write_summary(runs: list[StudyRun], settings: StudySettings, command: str) -
     seeds = [[run.config.seed for run in runs[i : i + n]] for i in range(0, len(runs), n)]
     table = results.runs_csv(found, seeds, [states[i : i + n] for i in range(0, len(runs), n)])
     output = Path(settings.output or "")
-    output.mkdir(parents=True, exist_ok=True)  # where the runs are another study's, nothing has made it yet
+    make_directory(output, "output")  # where the runs are another study's, nothing has made it yet
     for name, content in (("table.md", text), ("table.csv", results.to_csv(found)), ("runs.csv", table)):
         _write(output / name, content)
     if np.isfinite(found.values).any():

@@ -22,6 +22,10 @@ def open_loader(split: Split, config: LoaderConfig) -> Loader:
             from .torch import TorchLoader
 
             return TorchLoader(split, config)
+        if config.backend == "resident":
+            from .resident import ResidentLoader
+
+            return ResidentLoader(split, config)
         if config.backend == "webdataset":
             from .webdataset import WebDatasetLoader
 

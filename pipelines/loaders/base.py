@@ -88,17 +88,17 @@ def batches_in_order(
     config: LoaderConfig,
     start: Callable[[LocalBatch], Pending],
     check: Callable[[], None],
-    tables: NDArray[np.float32],
+    tables: NDArray[np.float32] | None,
 ) -> Iterator[Batch]:
     """Each local batch with its images and labels, `config.prefetch` of them started ahead of use.
 
     Args:
         start: begins a batch.
         check: raises if this iteration has ended.
-        tables: of the normalization, (3, 256).
+        tables: of the normalization, (256, 3); None: images of bytes stay as they are.
     """
     pending: deque[Pending] = deque()
-    normalization = torch.from_numpy(tables).to(config.device)
+    normalization = None if tables is None else torch.from_numpy(tables).to(config.device)
     try:
         while True:
             check()
@@ -114,16 +114,21 @@ def batches_in_order(
                 batch.cancel()
                 raise
             local_batch = batch.local_batch
-            images, labels = (_to(config.device, values) for values in (batch.images, batch.labels))
+            images, labels = (to_device(config.device, values) for values in (batch.images, batch.labels))
             del batch  # nothing may refer to the memory but the caller's tensors
-            yield local_batch, normalized(images, normalization) if images.dtype == torch.uint8 else images, labels
+            if normalization is not None:
+                images = (
+                    normalized(images, normalization) if images.dtype == torch.uint8 else images.permute(0, 3, 1, 2)
+                )
+            yield local_batch, images, labels
             del images, labels
     finally:
         for batch in pending:
             batch.cancel()
 
 
-def _to(device: torch.device, values: NDArray[Any]) -> torch.Tensor:
+def to_device(device: torch.device, values: NDArray[Any]) -> torch.Tensor:
+    """The values on the device, for which nobody waits; on a CPU they share their memory."""
     tensor = torch.from_numpy(values)
     if device.type == "cuda":
         # PyTorch does not use pinned memory again before the copies from it have ended: nobody has to wait for them.
@@ -132,7 +137,6 @@ def _to(device: torch.device, values: NDArray[Any]) -> torch.Tensor:
 
 
 def normalized(pixels: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-    """float32 (B, 3, H, W) of uint8 (B, H, W, 3), by the tables (3, 256): to the last bit as on a CPU."""
-    levels = pixels.permute(0, 3, 1, 2).to(torch.int32, memory_format=torch.contiguous_format)
-    levels += torch.arange(0, 768, 256, dtype=torch.int32, device=pixels.device).view(3, 1, 1)
-    return tables.flatten().index_select(0, levels.flatten()).view(levels.shape)
+    """float32 (B, 3, H, W) of uint8 (B, H, W, 3), by the tables (256, 3): to the last bit as on a CPU."""
+    places = torch.add(torch.arange(3, dtype=torch.int32, device=pixels.device), pixels, alpha=3)
+    return tables.flatten().index_select(0, places.flatten()).view(places.shape).permute(0, 3, 1, 2)

@@ -12,7 +12,7 @@ from ..sampler import LocalBatch
 if TYPE_CHECKING:  # importing PyTorch takes seconds, which the processes of `pipelines.prepare` do without
     import torch
 
-Backend = Literal["dali", "torch", "webdataset", "synthetic"]
+Backend = Literal["dali", "torch", "resident", "webdataset", "synthetic"]
 OnError = Literal["stop", "skip"]
 Triple: TypeAlias = tuple[float, float, float]
 Batch: TypeAlias = "tuple[LocalBatch, torch.Tensor, torch.Tensor]"
@@ -23,8 +23,9 @@ class LoaderConfig:
     """How a split becomes batches. ValueError for a value that makes no sense."""
 
     backend: Backend = "dali"
-    """torch is simplejpeg and OpenCV in processes; webdataset the same in threads, without the exact order, on a stream
-    of the shards (rank and world_size are for it); synthetic is random images."""
+    """torch is simplejpeg and OpenCV in processes; resident decodes so once, and keeps all images on the device, for
+    augmentations that only flip and shift; webdataset decodes in threads, without the exact order, on a stream of the
+    shards (rank and world_size are for it); synthetic is random images."""
     augmentation: str = "none"
     """A name in `pipelines.augment.AUGMENTATIONS`."""
     color_jitter: float = 0.0
@@ -54,6 +55,8 @@ class LoaderConfig:
     """Of this process; decides which shards the backend webdataset reads."""
     world_size: int = 1
     """Number of ranks. Pass it: with the default, every rank of the backend webdataset reads all shards."""
+    local_size: int = 1
+    """Number of ranks on this machine: on a CPU, each of the backend resident may take its share of the memory."""
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -70,6 +73,7 @@ class LoaderConfig:
             ("prefetch", self.prefetch, 1),
             ("cache_bytes", self.cache_bytes, 0),
             ("world_size", self.world_size, 1),
+            ("local_size", self.local_size, 1),
             ("seed", self.seed, 0),
         ):
             if number < least:
@@ -96,7 +100,8 @@ class Loader(Protocol):
         call ends an earlier iteration that was not finished.
 
         Yields:
-            The local batch; images float32 (B, 3, size, size), (x/255 - mean)/std; labels int64 (B,).
+            The local batch; images float32 (B, 3, size, size), (x/255 - mean)/std, in the memory format channels_last,
+            in which convolutions are faster; labels int64 (B,).
 
         Raises:
             ValueError: bad data, with the shard and the sample; or a local batch larger than `batch_size`.

@@ -26,7 +26,7 @@ from ..format import Split
 from ..sampler import Ids, LocalBatch
 from .base import IndexedLoader, check_size
 from .config import Batch, LoaderConfig
-from .reader import Files, SampleError, Workers, chunks
+from .reader import Files, SampleError, Workers, chunks, reading_threads
 
 types: Any = nvidia.dali.types  # its members are made at import, unseen by type checkers
 
@@ -57,7 +57,8 @@ class DaliLoader(IndexedLoader):
 
     def __init__(self, split: Split, config: LoaderConfig) -> None:
         super().__init__(split, config)
-        self._files, self._workers = Files(split, config.threads, config.cache_bytes), Workers(config.threads)
+        self._readers = reading_threads(split, config.threads)
+        self._files, self._workers = Files(split, self._readers, config.cache_bytes), Workers(self._readers)
         size = config.size
         self._boxes = bool(self._augmentation.area or self._augmentation.center)
         self._resizes = self._boxes or split.sides != (size, size)
@@ -131,7 +132,7 @@ class DaliLoader(IndexedLoader):
                 encoded.append(image)
             return encoded
 
-        tasks = [self._workers.submit(partial(read, piece)) for piece in chunks(samples, self._config.threads)]
+        tasks = [self._workers.submit(partial(read, piece)) for piece in chunks(samples, self._readers)]
         return _Read(local_batch, samples, tasks)
 
     def _read_one(self, sample: int) -> tuple[int, bytes]:
@@ -171,10 +172,10 @@ class DaliLoader(IndexedLoader):
             if stream is not None:
                 self._keep(self._running[0], stream)
         else:
-            images = torch.empty((0, 3, self._config.size, self._config.size), device=self._config.device)
+            images = torch.empty((0, self._config.size, self._config.size, 3), device=self._config.device)
         self._running.popleft()
         labels = torch.from_numpy(self._labels[run.samples].astype(np.int64))
-        return run.local_batch, images, labels.to(self._config.device)
+        return run.local_batch, images.permute(0, 3, 1, 2), labels.to(self._config.device)
 
     def _outputs(self, stream: Any) -> torch.Tensor:
         assert self._pipeline is not None
@@ -286,7 +287,7 @@ class DaliLoader(IndexedLoader):
                 images,
                 mirror=source("mirror", types.INT32, 0) if self._augmentation.flip else 0,
                 dtype=types.FLOAT,
-                output_layout="CHW",
+                output_layout="HWC",
                 mean=[255 * value for value in config.mean],
                 std=[255 * value for value in config.std],
                 **padding,

@@ -40,8 +40,8 @@ class SharedBatch:
 class Memory:
     """Batches in the file of a descriptor, by number.
 
-    Images are what the device needs: float32 (batch_size, 3, size, size), normalized, for a CPU; uint8
-    (batch_size, size, size, 3), a quarter of the bytes, for a device that normalizes them itself.
+    Images (batch_size, size, size, 3) are what the device needs: float32, normalized, for a CPU; uint8, a quarter of
+    the bytes, for a device that normalizes them itself.
 
     Attributes:
         settings: what it was made with.
@@ -54,7 +54,7 @@ class Memory:
             "normalized": normalized,
         }  # fmt: skip
         self._batch_size, self._normalized = batch_size, normalized
-        self._shape = (batch_size, 3, size, size) if normalized else (batch_size, size, size, 3)
+        self._shape = batch_size, size, size, 3
         self._head_bytes = _pages(processes * READING.itemsize)
         self._rows_bytes = _pages(batch_size * ROW.itemsize + 1)
         self._batch_bytes = self._rows_bytes + _pages(int(np.prod(self._shape)) * (4 if normalized else 1))
@@ -99,10 +99,12 @@ class Buffers:
     Fresh memory of this size comes from the kernel page by page, which costs a fifth of the decoding.
     """
 
-    def __init__(self, config: LoaderConfig) -> None:
+    def __init__(self, config: LoaderConfig, normalize: bool = True) -> None:
+        """Of bytes, also for a CPU, without `normalize`."""
         descriptor = os.memfd_create("batches", os.MFD_CLOEXEC)
         weakref.finalize(self, os.close, descriptor)
-        self.memory = Memory(descriptor, config.threads, config.batch_size, config.size, is_normalized(config))
+        normalized = normalize and is_normalized(config)
+        self.memory = Memory(descriptor, config.threads, config.batch_size, config.size, normalized)
         self._count, self._free = 0, list[int]()
 
     def take(self, count: int) -> tuple[int, NDArray[Any]]:

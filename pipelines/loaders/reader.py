@@ -17,7 +17,6 @@ from concurrent.futures import Future
 from itertools import pairwise
 from typing import TypeAlias, TypeVar
 
-import numpy as np
 from PIL import Image
 
 from ..format import Split
@@ -37,6 +36,7 @@ _Tasks: TypeAlias = "queue.SimpleQueue[Callable[[], None] | None]"
 _HEADER_BYTES = 512
 STALL_SECONDS = 60
 _OPEN_FILES = 256  # over all threads of a reader; the usual limit of a process is 1024
+_CONNECTIONS = 16
 
 
 class SampleError(ValueError):
@@ -166,6 +166,11 @@ class Files:
         return files[shard].descriptor
 
 
+def reading_threads(split: Split, threads: int) -> int:
+    """How many threads of a loader read: those that decode; 16 or more where shards are at URLs, which answer late."""
+    return max(threads, _CONNECTIONS) if any(isinstance(shard.path, Url) for shard in split.shards) else threads
+
+
 def stalled(place: str) -> ValueError:
     """The error of a read that takes longer than a minute."""
     return ValueError(f"no sample came for {STALL_SECONDS} s, waiting at {place}; is a disk or network mount stalled?")
@@ -231,7 +236,7 @@ class Faults:
 def chunks(samples: Ids, threads: int, per_thread: int = 4) -> list[slice]:
     """A batch in pieces, a few per thread so that the threads finish together."""
     pieces = max(min(len(samples), per_thread * threads), 1)
-    bounds = np.linspace(0, len(samples), pieces + 1).astype(int).tolist()
+    bounds = [len(samples) * piece // pieces for piece in range(pieces + 1)]
     return [slice(start, stop) for start, stop in pairwise(bounds) if start < stop]
 
 

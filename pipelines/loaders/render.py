@@ -19,9 +19,9 @@ _GROUP = 8
 
 
 def normalization(mean: Triple, std: Triple) -> NDArray[np.float32]:
-    """What each level of each channel becomes, float32 (3, 256): exact, and one pass with the conversion to float."""
+    """What each level of each channel becomes, float32 (256, 3): exact, and one pass with the conversion to float."""
     levels = np.arange(256, dtype=np.float64) / 255
-    return np.stack([((levels - m) / s).astype(np.float32) for m, s in zip(mean, std, strict=True)])
+    return np.stack([((levels - m) / s).astype(np.float32) for m, s in zip(mean, std, strict=True)], axis=1)
 
 
 class Renderer:
@@ -29,7 +29,7 @@ class Renderer:
 
     def __init__(self, size: int, mean: Triple, std: Triple, jitters: bool) -> None:
         self._size, self._jitters = size, jitters
-        self._tables = normalization(mean, std)
+        self._table = normalization(mean, std)[None]
         self._whole = [size, size, 0, 0, 0]
         self._local = threading.local()
 
@@ -37,7 +37,7 @@ class Renderer:
         """Fills a batch; paint(row, pixels) fills uint8 (size, size, 3).
 
         Args:
-            out: normalized images float32 (B, 3, size, size); or pixels as they are, uint8 (B, size, size, 3).
+            out: (B, size, size, 3): normalized images float32, or pixels as they are, uint8.
             paint: called for one row after the other.
         """
         if out.dtype == np.uint8:
@@ -49,17 +49,14 @@ class Renderer:
         size, local = self._size, self._local
         if not hasattr(local, "pixels"):
             local.pixels = np.empty((_GROUP, size, size, 3), np.uint8)
-            local.planes = [np.empty((_GROUP, size * size), np.uint8) for _ in range(3)]
         pixels = local.pixels
         for start in range(0, len(out), _GROUP):
             group = out[start : start + _GROUP]
             count = len(group)
             for row in range(count):
                 paint(start + row, pixels[row])
-            channels = [plane[:count] for plane in local.planes]
-            cv2.split(pixels[:count].reshape(count, size * size, 3), channels)
-            for channel, (plane, table) in enumerate(zip(channels, self._tables, strict=True)):
-                cv2.LUT(plane, table, dst=group[:, channel].reshape(count, size * size))
+            flat = count, size * size, 3
+            cv2.LUT(pixels[:count].reshape(flat), self._table, dst=group.reshape(flat))
 
     def decode(self, encoded: bytes, drawn: augment.Row, pixels: NDArray[np.uint8]) -> None:
         """Writes the augmented sample to `pixels`, uint8 (size, size, 3); SampleError if it cannot be decoded."""

@@ -20,7 +20,8 @@ class SyntheticLoader:
     def __init__(self, split: Split, config: LoaderConfig) -> None:
         generator = torch.Generator().manual_seed(torch_seed(Stream.SYNTHETIC, config.seed))
         shape = config.batch_size, 3, config.size, config.size
-        self._images = torch.randn(shape, generator=generator).to(config.device)
+        images = torch.randn(shape, generator=generator)
+        self._images = images.to(config.device, memory_format=torch.channels_last)
         self._labels, self._device = split.labels, config.device
         self.skipped: dict[int, str] = {}
 

@@ -59,10 +59,11 @@ class _UnderWay:
 class TorchLoader(IndexedLoader):
     """Batches of one split, decoded by processes; see `LoaderConfig`."""
 
-    def __init__(self, split: Split, config: LoaderConfig) -> None:
+    def __init__(self, split: Split, config: LoaderConfig, normalize: bool = True) -> None:
+        """Without `normalize`, images are uint8 (B, size, size, 3)."""
         super().__init__(split, config)
-        self._tables = normalization(config.mean, config.std)
-        self._buffers = Buffers(config)
+        self._tables = normalization(config.mean, config.std) if normalize else None
+        self._buffers = Buffers(config, normalize)
         self._reading = self._buffers.memory.reading()
         # Geometry takes a fraction of a millisecond of Python a batch, which a thread of its own spends.
         self._sender = Workers(1)

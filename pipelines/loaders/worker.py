@@ -13,7 +13,8 @@ import struct
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -23,7 +24,7 @@ from .. import augment
 from ..format.dataset import Shard, Split
 from ..format.remote import locate
 from .memory import Memory, SharedBatch
-from .reader import Files, SampleError
+from .reader import Files, SampleError, Workers, reading_threads
 from .render import Renderer
 
 PROGRAM = """
@@ -106,7 +107,9 @@ class _Worker:
         self._index: dict[int, Any] = {}
         shards = tuple(Shard(locate(path), *facts) for path, *facts in setup["shards"])
         self._split = Split("", shards, cast(NDArray[Any], self._index))
-        self._files, self._render = Files(self._split, 1, setup["cache_bytes"]), Renderer(**setup["render"])
+        readers = reading_threads(self._split, setup["processes"]) // setup["processes"]
+        self._files, self._render = Files(self._split, readers, setup["cache_bytes"]), Renderer(**setup["render"])
+        self._workers = Workers(readers) if readers > 1 else None
 
     def serve(self) -> None:
         threading.Thread(target=self._end_with_trainer, daemon=True).start()
@@ -127,6 +130,7 @@ class _Worker:
         self._index.clear()
         self._index.update(zip(samples, rows["entry"], strict=True))
         drawn = list(map(augment.Row, rows["steps"].tolist(), rows["jitter"].tolist()))
+        reads = self._begin_reading(batch, samples)
         faults, row = 0, 0
 
         def paint(place: int, pixels: NDArray[np.uint8]) -> None:
@@ -135,7 +139,7 @@ class _Worker:
             if batch.cancelled[0]:
                 return
             try:
-                self._paint(samples[row], drawn[row], pixels)
+                self._paint(samples[row], reads[row], drawn[row], pixels)
             except SampleError as error:
                 faults += 1
                 send(self._replies, Reply(number, start + row, start + row + 1, FAULT, str(error)))
@@ -146,10 +150,20 @@ class _Worker:
             send(self._replies, Reply(number, start + row, stop, ERROR, str(error)))
         send(self._replies, Reply(number, start, stop, DONE, ""))
 
-    def _paint(self, sample: int, drawn: augment.Row, pixels: NDArray[np.uint8]) -> None:
+    def _begin_reading(self, batch: SharedBatch, samples: list[int]) -> list[Callable[[], bytes]]:
+        """What gives the encoded image of each sample; those at URLs are asked for side by side."""
+        if self._workers is None:
+            return [partial(self._files.read, sample) for sample in samples]
+
+        def read(sample: int) -> bytes:
+            return b"" if batch.cancelled[0] else self._files.read(sample)  # of a cancelled one nothing is painted
+
+        return [self._workers.submit(partial(read, sample)).result for sample in samples]
+
+    def _paint(self, sample: int, read: Callable[[], bytes], drawn: augment.Row, pixels: NDArray[np.uint8]) -> None:
         self._reading[0] = time.monotonic(), sample
         try:
-            encoded = self._files.read(sample)
+            encoded = read()
         finally:
             self._reading[0] = 0, 0
         try:

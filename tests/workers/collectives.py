@@ -130,7 +130,7 @@ def distributed_gradient(world: World, estimator: str, sent: list[str], norm: bo
             model, nn.CrossEntropyLoss(), images, labels, sub_batches=IMAGES // SUB_BATCH, **settings(estimator)
         )
     overlapped = len(sent)
-    assert world.average_gradients(optimizer, torch.tensor([1.0, world.rank])) == [
+    assert world.average_gradients(optimizer, torch.tensor([1.0, world.rank])).tolist() == [
         world.size,
         sum(range(world.size)),
     ]
