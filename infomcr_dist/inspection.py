@@ -70,7 +70,8 @@ def resolve_scheme(
     """The derivative and the step to take, after a look at the network the first time; see `inspect`."""
     few_bits, autocast = low_precision(params), autocast_type(params)
     if step == "auto":  # under autocast a step of length alpha drowns in rounding
-        step = RELATIVE_STEP if autocast == torch.bfloat16 and not few_bits and len(devices(params)) == 1 else "alpha"
+        rounds = autocast == torch.bfloat16 and not few_bits and len(devices(params)) == 1
+        step = RELATIVE_STEP if rounds and derivative != "exact" else "alpha"
     longer = step != "alpha"
     if derivative != "auto":
         chosen: Derivative = derivative
