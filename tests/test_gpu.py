@@ -169,11 +169,11 @@ def test_bytes_normalized_on_the_gpu_are_those_of_a_cpu_to_the_bit() -> None:
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (9, 16, 16, 3), dtype=np.uint8)
     levels = np.arange(256) / 255
-    tables = np.stack([((levels - m) / s).astype(np.float32) for m, s in ((0.4, 0.2), (0.5, 0.3), (0.6, 0.25))])
+    tables = np.stack([((levels - m) / s).astype(np.float32) for m, s in ((0.4, 0.2), (0.5, 0.3), (0.6, 0.25))], axis=1)
     sent = torch.from_numpy(pixels).pin_memory().to(GPU, non_blocking=True)
     found = normalized(sent, torch.from_numpy(tables).to(GPU)).cpu().numpy()
     for channel in range(3):
-        np.testing.assert_array_equal(found[:, channel], tables[channel][pixels[..., channel]])
+        np.testing.assert_array_equal(found[:, channel], tables[pixels[..., channel], channel])
 
 
 @pytest.mark.parametrize("backend", ["torch", "dali"])
