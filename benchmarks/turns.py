@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,8 @@ class Job:
 
     def _signal(self, number: int) -> None:
         for process in self._workers:
-            os.kill(process, number)
+            with suppress(ProcessLookupError):  # the launcher has ended them after an interrupt
+                os.kill(process, number)
 
 
 def serve(world: World, take_round: Callable[[int], Any]) -> None:
