@@ -24,7 +24,7 @@ from torch.utils.dlpack import from_dlpack
 from .. import augment
 from ..format import Split
 from ..sampler import Ids, LocalBatch
-from .base import IndexedLoader, check_size
+from .base import IndexedLoader, check_size, to_device
 from .config import Batch, LoaderConfig
 from .reader import Files, SampleError, Workers, chunks, reading_threads
 
@@ -174,8 +174,8 @@ class DaliLoader(IndexedLoader):
         else:
             images = torch.empty((0, self._config.size, self._config.size, 3), device=self._config.device)
         self._running.popleft()
-        labels = torch.from_numpy(self._labels[run.samples].astype(np.int64))
-        return run.local_batch, images.permute(0, 3, 1, 2), labels.to(self._config.device)
+        labels = to_device(self._config.device, self._labels[run.samples].astype(np.int64))
+        return run.local_batch, images.permute(0, 3, 1, 2), labels
 
     def _outputs(self, stream: Any) -> torch.Tensor:
         assert self._pipeline is not None

@@ -8,6 +8,7 @@ import torch
 from ..format import Split
 from ..random_streams import Stream, torch_seed
 from ..sampler import LocalBatch
+from .base import to_device
 from .config import Batch, LoaderConfig
 
 
@@ -28,7 +29,7 @@ class SyntheticLoader:
     def batches(self, local_batches: Iterable[LocalBatch]) -> Iterator[Batch]:
         """(local_batch, images, labels) of each local batch."""
         for local_batch in local_batches:
-            labels = torch.from_numpy(self._labels[local_batch.samples].astype(np.int64)).to(self._device)
+            labels = to_device(self._device, self._labels[local_batch.samples].astype(np.int64))
             yield local_batch, self._images[: len(labels)], labels
 
     def close(self) -> None:
