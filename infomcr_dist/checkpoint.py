@@ -204,11 +204,14 @@ class Writer:
         self._thread = threading.Thread(target=self._write, args=(step, state, best))
         self._thread.start()
 
-    def wait(self) -> None:
-        """Wait for what is being written."""
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait for what is being written, so long at most; returns whether it is written."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
+            if self._thread.is_alive():
+                return False
             self._thread = None
+        return True
 
     def finished(self) -> list[Saved]:
         """The saves that have ended since the last call."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 
@@ -20,6 +20,12 @@ from pipelines import Batch, Loader, LocalBatch, Split, evaluation_batches
 from pipelines.random_streams import Stream, generator, permutation
 
 _ROBUSTNESS_BATCH = 50
+Poll = Callable[[], None]
+"""What every worker calls after each of its batches, as often as the others; what it raises ends the evaluation."""
+
+
+def _no_poll() -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,14 @@ class Errors:
 
 
 def evaluate(
-    model: nn.Module, loader: Loader, split: Split, batch_size: int, world: World, *, bf16: bool = False
+    model: nn.Module,
+    loader: Loader,
+    split: Split,
+    batch_size: int,
+    world: World,
+    poll: Poll = _no_poll,
+    *,
+    bf16: bool = False,
 ) -> Errors:
     """Errors over the whole split, every image counted once; every worker takes its share and gets the result.
 
@@ -41,9 +54,10 @@ def evaluate(
     stay on the device until the last batch.
     """
     totals = torch.zeros(4, dtype=torch.float64, device=world.device)
+    rounds = -(-len(split) // (batch_size * world.size))
     batches = evaluation_batches(len(split), batch_size, world.rank, world.size)
     with evaluating(model), torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
-        for _, images, labels in _read(loader, batches, world):
+        for _, images, labels in _in_rounds(_read(loader, batches, world), rounds, poll):
             if len(labels):
                 totals += _count(model(images), labels)
     loss, top1, top5, samples = world.sum(totals.tolist())
@@ -68,6 +82,7 @@ def estimate_curvature(
     seed: int,
     world: World,
     criterion: Criterion = F.cross_entropy,
+    poll: Poll = _no_poll,
 ) -> Curvature:
     """γ̂ (Eq. 6) and its companions on un-augmented training images, the same at any number of workers.
 
@@ -77,12 +92,13 @@ def estimate_curvature(
     pool = permutation(Stream.METRIC_POOL, len(split), seed)[: settings.images]
     samples = min(settings.samples, len(pool))
     trials = (_trial_batch(trial, pool, samples, seed) for trial in range(world.rank, settings.trials, world.size))
+    rounds = -(-settings.trials // world.size)
     with evaluating(model), torch.enable_grad():
         loss_fn = functional_loss(model, criterion)
         params = {name: p.detach() for name, p in model.named_parameters()}
         own = [
             astuple(spectrum(gradient_gram(loss_fn, params, (images, labels))))
-            for _, images, labels in _read(loader, trials, world)
+            for _, images, labels in _in_rounds(_read(loader, trials, world), rounds, poll)
         ]
     by_rank = world.gather(own)
     spectra = [Spectrum(*by_rank[trial % world.size][trial // world.size]) for trial in range(settings.trials)]
@@ -115,6 +131,15 @@ def _read(loader: Loader, local_batches: Iterable[LocalBatch], world: World) -> 
             yield batch
     except ValueError as error:
         raise UserError(f"data: {error}") from error
+
+
+def _in_rounds(batches: Iterator[Batch], rounds: int, poll: Poll) -> Iterator[Batch]:
+    """The batches, with ``poll`` called after each round, also in those for which this worker has no batch."""
+    for _ in range(rounds):
+        batch = next(batches, None)
+        if batch is not None:
+            yield batch
+        poll()
 
 
 @contextmanager

@@ -7,8 +7,8 @@
 A checkpoint is a file or a run directory (its newest). Prints a table, best γ̂ first, and writes it as JSON and as a
 picture. The workers share the work; the numbers do not depend on how many there are.
 
-Exit code 0: measured; 2: a mistake in the settings, or a checkpoint or data that cannot be read, reported in one line;
-1: anything else.
+Exit code 0: measured; 75: stopped, repeat the command; 2: a mistake in the settings, or a checkpoint or data that
+cannot be read, reported in one line; 1: anything else.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from infomcr_dist.functional import dot, functional_loss, trainable_parameters
 from infomcr_dist.precision import set_ieee_float32
 from infomcr_dist.records import finite
 from infomcr_dist.regularizer import sub_batch_penalty
+from infomcr_dist.signals import StopRequest
 from infomcr_dist.world import World
 from pipelines import Loader, LocalBatch, Split, open_dataset, open_loader
 from pipelines.console import lenient
@@ -216,6 +217,11 @@ def draw(rows: list[Measurement], path: Path) -> None:
 def main(arguments: list[str]) -> int:
     """The command; returns the exit code."""
     lenient()
+    with StopRequest():  # which ends the command at once: nothing is written before its end
+        return _main(arguments)
+
+
+def _main(arguments: list[str]) -> int:
     paths: list[str] = []
     settings, mistake = MeasureSettings(), None
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import time
 from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -35,6 +36,9 @@ from infomcr_dist.telemetry import Telemetry
 from infomcr_dist.world import Finished, World
 from pipelines import Loader, open_loader
 from pipelines.options import to_yaml
+
+_SLOW_SECONDS = 5.0
+"""After so long a wait for a checkpoint is reported, then after twice as long, and so on"""
 
 
 @dataclass
@@ -97,13 +101,25 @@ class Run:
         return state
 
     def save(self, state: checkpoint.State, best: bool = False) -> None:
-        """Begin to write what `commit` returned."""
+        """Begin to write what `commit` returned, once the checkpoint before it is written."""
+        self._wait_for_checkpoint()
         save(state, self.state.model, self.experiment, self.checkpoints, self.world, best)
 
     def last_save(self) -> str | None:
         """Wait until the last checkpoint is written; why it could not be, on every worker."""
-        self.checkpoints.wait()
+        self._wait_for_checkpoint()
         return self.world.broadcast(self.log_saved())  # type: ignore[no-any-return]
+
+    def _wait_for_checkpoint(self) -> None:
+        """Wait until none is being written, on every worker, none of which is thereby taken for one that hangs."""
+        began, reported, location = time.monotonic(), _SLOW_SECONDS, self.world.location
+        while not self.world.broadcast(self.checkpoints.wait(1.0)):
+            self.world.location = "the writing of a checkpoint"
+            waited = time.monotonic() - began
+            if waited >= reported:
+                reported *= 2
+                self.telemetry.message(f"checkpoint: still being written after {waited:.0f} s: is the disk slow?")
+        self.world.location = location
 
     def log_saved(self) -> str | None:
         """Log the checkpoints that were written or failed since the last call; why the last of them failed."""

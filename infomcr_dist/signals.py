@@ -1,70 +1,85 @@
-"""SIGTERM and SIGINT as a request to stop after the step under way."""
+"""SIGTERM, SIGHUP and SIGINT: the end of the process, or a request to stop after the step under way."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+from collections.abc import Callable
+from types import TracebackType
 from typing import Any
+
+from pipelines.command import termination_signals
+from pipelines.console import exit_now
 
 
 class StopRequest:
-    """From `listen` on, SIGTERM and a first SIGINT request a stop; a second SIGINT ends the process at once.
+    """While its context lasts, a signal ends the process at once; from `defer` on it is a request to stop.
 
-    Args:
-        seconds: how long after the request the process may still run; then it exits, saved or not.
+    The signals are SIGTERM, SIGINT and, unless it is ignored as under nohup, SIGHUP. A second SIGINT ends the process
+    at once in any case.
     """
 
-    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self, seconds: float) -> None:
+    def __init__(self) -> None:
         self.requested = False
-        self._seconds = seconds
-        self._previous_handlers: list[Any] = []
+        self._deferred: tuple[float, Callable[[], str]] | None = None
+        self._deadline: threading.Timer | None = None
 
-    def listen(self) -> None:
-        """Install the handlers; may be called again."""
-        if self._previous_handlers:
-            return
+    def __enter__(self) -> StopRequest:
         # Python calls a handler when the main thread gets back to it, which may be waiting for another worker. The
         # wakeup descriptor reaches this thread at once.
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
-        self._previous_handlers = [signal.signal(number, lambda *_: None) for number in self._SIGNALS]
-        signal.set_wakeup_fd(self._writer)
+        self._previous_descriptor = signal.set_wakeup_fd(self._writer)
+        numbers = (signal.SIGINT, *termination_signals())
+        self._previous_handlers: dict[int, Any] = {n: signal.signal(n, lambda *_: None) for n in numbers}
+        return self
 
-    def close(self) -> None:
-        """Restore the handlers that were there before."""
-        if self._previous_handlers:
-            signal.set_wakeup_fd(-1)
-            os.close(self._writer)
-            for number, handler in zip(self._SIGNALS, self._previous_handlers, strict=True):
-                signal.signal(number, handler)
-            self._previous_handlers = []
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_descriptor)
+        os.close(self._writer)
+        if self._deadline is not None:
+            self._deadline.cancel()
+
+    def defer(self, seconds: float, location: Callable[[], str]) -> None:
+        """From now on a signal is a request.
+
+        Args:
+            seconds: how long after the request the process may still run; then it exits, saved or not.
+            location: where in the run the process is, for the message then.
+        """
+        self._deferred = seconds, location
 
     def request(self) -> None:
         """Request a stop."""
-        if not self.requested:
+        if not self.requested and self._deferred is not None:
+            self._deadline = threading.Timer(self._deferred[0], self._overdue, self._deferred)
+            self._deadline.daemon = True
+            self._deadline.start()
             self.requested = True
-            timer = threading.Timer(self._seconds, self._overdue)
-            timer.daemon = True
-            timer.start()
 
     def _listen(self, reader: int) -> None:
         while received := os.read(reader, 1):
-            if received[0] == signal.SIGINT and self.requested:
+            number = received[0]
+            if number not in self._previous_handlers:
+                continue
+            if number == signal.SIGINT and self.requested:
                 os._exit(130)
-            if received[0] in self._SIGNALS:
-                self.request()
+            if self._deferred is None:
+                exit_now(
+                    "stopped: there is nothing to save; repeat the command", 130 if number == signal.SIGINT else 75
+                )
+            self.request()
         os.close(reader)
 
-    def _overdue(self) -> None:
-        message = (
-            f"\nerror: not all workers finished their step within shutdown_timeout_seconds={self._seconds:g}: "
-            "exiting without saving it; resume from the last checkpoint with resume=auto\n"
+    def _overdue(self, seconds: float, location: Callable[[], str]) -> None:
+        exit_now(
+            f"error: {location()} did not end within shutdown_timeout_seconds={seconds:g}: exiting without saving it; "
+            "resume from the last checkpoint with resume=auto",
+            1,
         )
-        try:
-            os.write(2, message.encode())
-        finally:
-            os._exit(1)

@@ -173,15 +173,15 @@ def find_directory_and_state(experiment: Experiment, recipe: Path) -> tuple[Path
     _check_settings(experiment, path, state)
     if is_finished(state, config) and config.resume != "auto":
         raise ValueError(
-            f"resume: {path} has completed all of its {state['epochs']:g} epochs, got epochs={config.epochs}: "
+            f"resume: {path} has completed all of its {state['epoch']} epochs, got epochs={config.epochs}: "
             "give a larger number to train on"
         )
     return directory or path.parent.parent, state
 
 
 def is_finished(state: checkpoint.State, config: Config) -> bool:
-    """Whether a checkpoint has completed all epochs."""
-    return bool(state["epochs"] >= config.epochs)
+    """Whether a checkpoint has completed all epochs, with what follows the last one's steps."""
+    return bool(state["epoch"] >= config.epochs)
 
 
 def _check_settings(experiment: Experiment, path: Path, state: checkpoint.State) -> None:

@@ -4,10 +4,10 @@
     horovodrun -np 8 infomcr train [RECIPE] [key=value …]
     torchrun --nproc-per-node 8 --no-python infomcr train [RECIPE] [key=value …]
 
-Without a recipe it trains the demo, ResNet-20 on Fashion-MNIST. SIGTERM or SIGINT to any worker ends all of them after
-the step they are in, with that step saved. Under launch/elastic.sh workers may join and leave: every worker keeps the
-state after the last step in memory, and a world of another size resumes from there. A worker that gets SIGTERM there
-exits after its step, and the others continue.
+Without a recipe it trains the demo, ResNet-20 on Fashion-MNIST. SIGTERM, SIGHUP or SIGINT to any worker ends all of
+them after the step they are in, or within an evaluation after a batch of it, with every step saved. Under
+launch/elastic.sh workers may join and leave: every worker keeps the state after the last step in memory, and a world of
+another size resumes from there. A worker that gets SIGTERM there exits after its step, and the others continue.
 
 Exit code 0: trained; 75: stopped, resume with resume=auto, or a port or the run directory is in use, try again later;
 2: a mistake in the settings or the data, reported in one line; 1: anything else.
@@ -19,6 +19,7 @@ import math
 import sys
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,10 +28,11 @@ from torch import nn
 
 from infomcr_dist import diagnostics
 from infomcr_dist.allocator import keep_freed_memory
+from infomcr_dist.checkpoint import State
 from infomcr_dist.cli import TRAIN
 from infomcr_dist.config import Config
 from infomcr_dist.engines import run_in_world
-from infomcr_dist.evaluate import Curvature, Errors, estimate_curvature, evaluate
+from infomcr_dist.evaluate import Curvature, Errors, Poll, estimate_curvature, evaluate
 from infomcr_dist.experiment import measured_images
 from infomcr_dist.first_order import FirstOrder
 from infomcr_dist.graphs import Graphs
@@ -75,16 +77,25 @@ def train(run: Run, stop: StopRequest) -> None:
         last = epoch + 1 == config.epochs
         training_loss = train_epoch(run, epoch, criterion, durations, stop, graphs)
         world.location = f"the end of epoch {epoch + 1}"
+        test_due = last or _due(epoch, config.evaluation.every_epochs)
+        train_due = last or _due(epoch, config.evaluation.train_every_epochs)
+        metric_due = _metric_due(run, epoch, metric_time, durations)
+        due = last or _due(epoch, config.checkpoint.every_epochs)
+        # Evaluation and metric may take long, and lose no step: from here a resumed run does them again.
+        snapshot, saved = run.commit(), due and (test_due or train_due or metric_due)
+        if saved:
+            run.save(snapshot)
+        poll = partial(_poll, run, stop, None if saved else snapshot)
         state.learning_rate.end_epoch(epoch, training_loss)
         world.average_buffers(state.model)
         diagnostics.compare_weights(run, buffers=True)
-        test = _errors(run, "test") if last or _due(epoch, config.evaluation.every_epochs) else None
-        train = _errors(run, "train") if last or _due(epoch, config.evaluation.train_every_epochs) else None
-        metric = _measure(run, metric_time) if _metric_due(run, epoch, metric_time, durations) else None
+        test = _errors(run, "test", poll) if test_due else None
+        train = _errors(run, "train", poll) if train_due else None
+        metric = _measure(run, metric_time, poll) if metric_due else None
         gamma_hat = metric.gamma_hat if metric is not None else None
         telemetry.log(EpochRecord(state.step, epoch + 1, epoch + 1, training_loss))
         telemetry.message(epoch_line(epoch + 1, config.epochs, training_loss, test, train, gamma_hat, metric_time))
-        due, best = last or _due(epoch, config.checkpoint.every_epochs), False
+        best = False
         if due and test is not None and (state.best_error is None or test.top1_error_ratio < state.best_error):
             state.best_error, best = test.top1_error_ratio, True
         state.epoch, state.epoch_loss = epoch + 1, (0.0, 0.0)
@@ -157,7 +168,7 @@ def train_epoch(
             bf16=config.precision == "bf16",
             clip_gradient_norm=config.optimizer.clip_gradient_norm,
             max_batch_size=config.data.max_batch_size,
-            flags=(stop.requested, world.hosts_changed()),
+            flags=(_requested(stop, world), world.hosts_changed()),
             graphs=graphs,
         )
         world.progress, world.patience = world.progress + 1, SLOW
@@ -207,8 +218,6 @@ def train_epoch(
         if config.compare_weights_steps and (step + 1) % config.compare_weights_steps == 0:
             diagnostics.compare_weights(run)
         run.log_saved()
-        if reader_gone() or world.launcher_gone():
-            stop.request()
         stop_requested, hosts_changed = result.flags
         every_steps = config.checkpoint.every_steps
         save = bool(stop_requested) or (every_steps is not None and (batch.step + 1) % every_steps == 0)
@@ -254,6 +263,11 @@ def build_graphs(run: Run, criterion: nn.Module) -> Graphs | None:
 def main(arguments: list[str]) -> int:
     """The command; returns the exit code. No console delays or ends it."""
     keep_freed_memory()
+    with StopRequest() as stop:
+        return _main(arguments, stop)
+
+
+def _main(arguments: list[str], stop: StopRequest) -> int:
     config, recipe, mistake = Config(), "", None
     try:
         (recipe,), overrides = TRAIN.parse(arguments)
@@ -264,9 +278,7 @@ def main(arguments: list[str]) -> int:
     set_deterministic(config.deterministic)
 
     def body(world: World) -> int:
-        stop = StopRequest(config.shutdown_timeout_seconds)
         with ExitStack() as stack:
-            stack.callback(stop.close)
             if config.hang_timeout_seconds is not None:
                 stack.callback(Watchdog(world, config.hang_timeout_seconds).close)
             pid_file = PidFile(config.pid_dir, world.local_rank)
@@ -293,7 +305,7 @@ def _run_with_restarts(
                     raise mistake
                 pid_file.write()
             run = prepare_run(config, recipe, world, committed)
-            stop.listen()
+            stop.defer(config.shutdown_timeout_seconds, lambda: f"rank {world.rank}: {world.location}")
             if committed is not None:
                 _report_restart(run)
             train(run, stop)
@@ -310,10 +322,10 @@ def _run_with_restarts(
         world.restart()
 
 
-def _errors(run: Run, split: Literal["train", "test"]) -> Errors:
+def _errors(run: Run, split: Literal["train", "test"], poll: Poll) -> Errors:
     loader = run.test_loader if split == "test" else run.train_eval_loader
     batch_size, bf16 = run.config.evaluation.batch_size, run.config.precision == "bf16"
-    errors = evaluate(run.state.model, loader, run.experiment.splits[split], batch_size, run.world, bf16=bf16)
+    errors = evaluate(run.state.model, loader, run.experiment.splits[split], batch_size, run.world, poll, bf16=bf16)
     run.telemetry.log(EvaluationRecord(run.state.step, run.state.epoch + 1, split, **vars(errors)))
     return errors
 
@@ -330,10 +342,12 @@ def _metric_due(run: Run, epoch: int, metric_time: TimeFraction, durations: Dura
     return bool(run.world.broadcast(metric_time.allows(time.perf_counter(), guess)))
 
 
-def _measure(run: Run, metric_time: TimeFraction) -> Curvature:
+def _measure(run: Run, metric_time: TimeFraction, poll: Poll) -> Curvature:
     settings, before = run.config.metric, time.perf_counter()
     split = measured_images(run.config, run.experiment.splits["train"])
-    result = estimate_curvature(run.state.model, run.train_eval_loader, split, settings, run.config.seed, run.world)
+    result = estimate_curvature(
+        run.state.model, run.train_eval_loader, split, settings, run.config.seed, run.world, poll=poll
+    )
     seconds = time.perf_counter() - before
     metric_time.add(seconds)
     record = MetricRecord(
@@ -354,6 +368,21 @@ def _measure(run: Run, metric_time: TimeFraction) -> Curvature:
 
 def _due(epoch: int, every: int) -> bool:
     return every > 0 and (epoch + 1) % every == 0
+
+
+def _requested(stop: StopRequest, world: World) -> bool:
+    """Whether this worker is to stop: by a signal, or because its launcher is gone."""
+    if reader_gone() or world.launcher_gone():
+        stop.request()
+    return stop.requested
+
+
+def _poll(run: Run, stop: StopRequest, unsaved: State | None) -> None:
+    """End an evaluation on every worker where any is to stop, with the state before it saved."""
+    if run.world.sum([_requested(stop, run.world)])[0]:
+        if unsaved is not None:
+            run.save(unsaved)
+        _stop(run, leave=stop.requested or not run.world.elastic)
 
 
 def _stop(run: Run, leave: bool) -> None:

@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .console import lenient
+from .console import exit_now, lenient
 from .options import Setting, check_name, describe, describe_sections
 
 
@@ -97,17 +98,18 @@ class Command:
             body: the command; it returns the exit code
         """
         lenient()
-        try:
-            return body(*self.parse(arguments))
-        except BrokenPipeError:  # of `... | head`
-            sys.stderr.close()
-            return 1
-        except (ValueError, OSError) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("error: interrupted", file=sys.stderr)
-            return 130
+
+        def run() -> int:
+            try:
+                return body(*self.parse(arguments))
+            except BrokenPipeError:  # of `... | head`
+                sys.stderr.close()
+                return 1
+            except (ValueError, OSError) as error:
+                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+                return 2
+
+        return _ended_by_signals(run)
 
     def main(self, arguments: Sequence[str]) -> int:
         """Import the command's module and run its ``main``; not for help, which must not wait for torch."""
@@ -115,10 +117,14 @@ class Command:
         for word in arguments:
             if word in _HELP:
                 self.parser().parse_args([word])
-        file = _file(self.module)
-        module = f"{self.module}.__main__" if file.name == "__main__.py" else self.module
-        code: int = importlib.import_module(module).main(list(arguments))
-        return code
+
+        def run() -> int:  # the import may take seconds
+            file = _file(self.module)
+            module = f"{self.module}.__main__" if file.name == "__main__.py" else self.module
+            code: int = importlib.import_module(module).main(list(arguments))
+            return code
+
+        return _ended_by_signals(run)
 
     def description(self) -> str:
         """The docstring of the module that has ``main``, which is read and not run."""
@@ -177,6 +183,28 @@ class Command:
         if not given and last.default:
             given = [last.default]
         return [_path(text, self.arguments[min(i, len(self.arguments) - 1)]) for i, text in enumerate(given)]
+
+
+def termination_signals() -> list[signal.Signals]:
+    """SIGTERM, and SIGHUP unless it is ignored, as under nohup."""
+    return [n for n in (signal.SIGTERM, signal.SIGHUP) if n == signal.SIGTERM or signal.getsignal(n) != signal.SIG_IGN]
+
+
+def _ended_by_signals(body: Callable[[], int]) -> int:
+    """Call a command's body, which returns its exit code; SIGINT ends it, SIGTERM and SIGHUP the process, in one line.
+
+    Process 1 of a container gets no signal that it does not handle.
+    """
+    stop = "stopped: repeat the command"
+    before = {n: signal.signal(n, lambda *_: exit_now(stop, 75)) for n in termination_signals()}
+    try:
+        return body()
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Parser(argparse.ArgumentParser):

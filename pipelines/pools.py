@@ -7,7 +7,7 @@ import time
 
 
 def begin_worker(parent: int) -> None:
-    """Initializer of a pool's processes: Ctrl-C is left to the parent, and they end within a second when it does.
+    """Initializer of a pool's processes: Ctrl-C and a lost terminal are left to the parent; they end a second after it.
 
     They wait for work at a pipe of which they hold both ends, and would wait for ever for a parent that was killed.
 
@@ -15,6 +15,7 @@ def begin_worker(parent: int) -> None:
         parent: its process id.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 

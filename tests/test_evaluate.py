@@ -11,8 +11,17 @@ from torch import Tensor, nn
 
 from infomcr_dist.config import MetricSettings
 from infomcr_dist.evaluate import Errors, estimate_curvature, estimate_robustness, evaluate
-from infomcr_dist.world import SingleProcess, UserError
-from pipelines import Batch, Dataset, Loader, LoaderConfig, LocalBatch, OnError, open_loader
+from infomcr_dist.world import SingleProcess, Stopped, UserError
+from pipelines import (
+    Batch,
+    Dataset,
+    Loader,
+    LoaderConfig,
+    LocalBatch,
+    OnError,
+    evaluation_batches,
+    open_loader,
+)
 
 
 def network() -> nn.Module:
@@ -138,3 +147,33 @@ def test_an_evaluation_does_not_wait_for_a_batch() -> None:
         evaluate(model, data, data, 10, world)  # type: ignore[arg-type]
     assert found.operators["addmm"] == 5
     assert found.reads == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_workers_stop_after_the_same_round(dataset: Dataset, rank: int, rounds: int) -> None:
+    """Of two workers one has a batch less, or a trial; a poll comes after every round of both."""
+    world = SingleProcess()
+    world.rank, world.size = rank, 2
+    polls = 0
+
+    def poll() -> None:
+        nonlocal polls
+        polls += 1
+        if polls == rounds:
+            raise Stopped("")
+
+    model, settings = network(), MetricSettings(trials=3, samples=4, images=27)
+    splits = dataset.splits
+    test, train = (loader(dataset, split, "torch", "skip") for split in ("test", "train"))
+    for measure in (  # of 9 test images the second worker has 5
+        lambda: evaluate(model, test, splits["test"], 4, world, poll),
+        lambda: estimate_curvature(model, train, splits["train"], settings, 0, world, poll=poll),
+    ):
+        polls = 0
+        with pytest.raises(Stopped):
+            measure()
+        assert (polls, model.training) == (rounds, True)
+    assert sum(len(labels) for _, _, labels in test.batches(evaluation_batches(9, 32, 0, 1))) == 9, "it still reads"
+    test.close()
+    train.close()

@@ -402,15 +402,16 @@ def test_data_preparation_and_measurement_are_ours(tmp_path: Path) -> None:
     shards = {training_config(overlay, tmp_path).data.path for overlay in OVERLAYS}
     runs = {str(training_config(overlay, tmp_path).run_dir) for overlay in OVERLAYS}
     line = command_line(found["prepare/prepare"])
-    assert line[:3] == ["python", "-m", "pipelines.prepare"]
-    options = load(Options, None, line[5:])
+    # Not a command's own module: as process 1 it would get no signal before it has imported torch.
+    assert line[:4] == ["python", "-m", "infomcr_dist", "prepare"]
+    options = load(Options, None, line[6:])
     assert 1 <= options.processes <= int(found["prepare/prepare"]["resources"]["limits"]["cpu"])
-    assert shards == {"fashion-mnist", line[4]}, "the image has the first of them"
+    assert shards == {"fashion-mnist", line[5]}, "the image has the first of them"
     line = command_line(found["measure/measure"])
-    assert line[:3] == ["python", "-m", "infomcr_dist.measure"]
-    measured = [argument for argument in line[3:] if "=" not in argument]
+    assert line[:4] == ["python", "-m", "infomcr_dist", "measure"]
+    measured = [argument for argument in line[4:] if "=" not in argument]
     assert set(measured) <= runs
-    settings = load(MeasureSettings, None, [argument for argument in line[3:] if "=" in argument])
+    settings = load(MeasureSettings, None, [argument for argument in line[4:] if "=" in argument])
     assert settings.output.startswith("/runs/")
 
 
@@ -418,9 +419,9 @@ def test_the_study_has_an_index_a_run() -> None:
     job, (name, _, container) = only("study", "Job")["spec"], *containers("study")
     assert name == "study/study"
     line = command_line(container)
-    assert line[:3] == ["python", "-m", "infomcr_dist.study"]
+    assert line[:4] == ["python", "-m", "infomcr_dist", "study"]
     assert line[-1] == "run=$(JOB_COMPLETION_INDEX)", "what the Job's controller sets"
-    (path,), overrides = STUDY.parse(line[3:-1])
+    (path,), overrides = STUDY.parse(line[4:-1])
     runs = expand(load_study(Path(path), overrides))
     assert (job["completionMode"], job["completions"]) == ("Indexed", len(runs))
     for run in runs:

@@ -133,8 +133,8 @@ def test_signals_for_the_trainer_leave_the_processes_alone(dataset: Dataset) -> 
     batches = loader.batches(evaluation_batches(27, 4, 0, 1))
     next(batches)
     for process in started_since(before, 3):
-        os.kill(process, signal.SIGTERM)
-        os.kill(process, signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.kill(process, number)
     assert sum(len(labels) for _, _, labels in batches) == 23
     loader.close()
 

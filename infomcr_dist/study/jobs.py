@@ -22,11 +22,12 @@ import torch
 from tqdm import tqdm
 
 from infomcr_dist import records
-from infomcr_dist.checkpoint import write_atomically
+from infomcr_dist.checkpoint import make_directory, write_atomically
 from infomcr_dist.config import Config
 from infomcr_dist.experiment import open_experiment
 from infomcr_dist.study.grid import FAILURE, StudyRun, measured, state_of, trained
 from infomcr_dist.study.settings import StudySettings
+from pipelines.command import termination_signals
 from pipelines.options import to_yaml
 
 STOPPED = 75
@@ -121,7 +122,7 @@ def make(
         message: prints a line.
         gpus: as `Processes.call` takes them.
     """
-    run.directory.mkdir(parents=True, exist_ok=True)
+    make_directory(run.directory, "output")
     with _locked(run, processes, message) as held:
         if held is None:
             return
@@ -271,7 +272,7 @@ def make_all(runs: list[StudyRun], settings: StudySettings) -> bool:
     left = [run for run in runs if state_of(run) != "done"]
     steps = count_steps(left, settings.workers)
     processes = Processes()
-    before = {number: signal.signal(number, lambda *_: processes.stop()) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {n: signal.signal(n, lambda *_: processes.stop()) for n in (signal.SIGINT, *termination_signals())}
     progress = RunCounter(len(runs), list(zip(left, steps, strict=True)))
     free: SimpleQueue[str | None] = SimpleQueue()
     for gpus in gpus_of(settings):

@@ -173,7 +173,7 @@ class _Processes:
         }  # fmt: skip
         # A Ctrl-C in a terminal, or a SIGTERM to all processes of a job, is meant for the trainer, which still needs
         # batches for the step under way. What is blocked here stays blocked in the processes.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         try:
             process = subprocess.Popen(
                 [sys.executable, "-c", PROGRAM, json.dumps(sys.path)],

@@ -8,12 +8,15 @@ import math
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
-from infomcr_dist import checkpoint, diagnostics, step, train
+from infomcr_dist import checkpoint, diagnostics, evaluate, step, train
 from infomcr_dist.engines import launched_rank
 from pipelines import LocalBatch, Sampler
 
@@ -67,14 +70,36 @@ def at(moment: str, strike: Callable[[], None]) -> None:
 
         step.regularized_backward, step.plain_backward = struck_last(regularized), struck_last(plain)
     elif moment == "evaluation":
-        evaluate = train.evaluate
+        errors = train.evaluate
 
         def struck_before(*args: Any, **settings: Any) -> Any:
             if steps >= STEP:
                 once()
-            return evaluate(*args, **settings)
+            return errors(*args, **settings)
 
         train.evaluate = struck_before
+    elif moment in ("within an evaluation", "within the last evaluation"):
+        count = evaluate._count
+        batches = 0
+
+        def struck_within_evaluation(*args: Any) -> Any:
+            nonlocal batches
+            if steps >= (20 if moment == "within the last evaluation" else STEP):
+                batches += 1
+                if batches == 2:
+                    once()
+            return count(*args)
+
+        evaluate._count = struck_within_evaluation
+    elif moment in ("metric", "last metric"):
+        gram = evaluate.gradient_gram
+
+        def struck_in_trial(*args: Any) -> Any:
+            if steps == (20 if moment == "last metric" else 10):
+                once()
+            return gram(*args)
+
+        evaluate.gradient_gram = struck_in_trial
     elif moment == "save":
         write = checkpoint._Hashing.write
         writes = 0
@@ -92,6 +117,15 @@ def at(moment: str, strike: Callable[[], None]) -> None:
 def waits_for_ever() -> None:
     """As a main thread waits for a kernel or a collective that never ends: its other threads run."""
     os.read(os.pipe()[0], 1)
+
+
+def strike_with(number: signal.Signals, written: bool) -> None:
+    """A signal to this process; SIGKILL, if so wished, once the checkpoint under way is written."""
+    if written and number == signal.SIGKILL:
+        for thread in threading.enumerate():
+            if thread is not threading.main_thread() and not thread.daemon:
+                thread.join()
+    os.kill(os.getpid(), number)
 
 
 def not_finite() -> None:
@@ -120,6 +154,18 @@ def flipped_bit() -> None:
     diagnostics.weights_digest = flipped
 
 
+def slow_disk() -> None:
+    """The next checkpoint takes 10 seconds to write."""
+    save = checkpoint.save
+
+    def slow(*args: Any) -> Any:
+        checkpoint.save = save
+        time.sleep(10)
+        return save(*args)
+
+    checkpoint.save = slow
+
+
 def one_batch_fewer() -> None:
     """This worker's epochs end a step early."""
     batches = Sampler.local_batches
@@ -135,7 +181,10 @@ def main() -> int:
     first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     if fault != "none" and int(rank) == launched_rank(os.environ) and first_life:
         if fault.startswith("SIG"):
-            at(moment, lambda: os.kill(os.getpid(), getattr(signal, fault)))
+            at(
+                moment,
+                partial(strike_with, getattr(signal, fault), written="evaluation" in moment or "metric" in moment),
+            )
         elif moment == "start":
             globals()[fault]()
         else:
