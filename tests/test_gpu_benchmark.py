@@ -81,8 +81,7 @@ def test_the_wheels_that_are_missing_are_installed(tmp_path: Path, monkeypatch: 
 
 def test_the_kit_is_of_pinned_versions() -> None:
     script = (ROOT / "launch" / "gpu_kit.sh").read_text()
-    groups = re.findall(r"^(?:small|large)=\((.*)\)$", script, re.MULTILINE)
-    names = [name for group in groups for name in group.split()]
+    names = " ".join(re.findall(r"^(?:small|large)=\((.*)\)$", script, re.MULTILINE)).split()
     pinned = {line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
     assert len(names) > 20
     assert {name.lower() for name in names} <= pinned
