@@ -96,7 +96,7 @@ def train_step(
     images, labels = batch
     clock = _Clock(images.device)
     fraction = loss_scale / world.size
-    if graphs is not None and not _captures(penalty, len(labels), max_batch_size):
+    if graphs is not None and not _captures(penalty, len(labels), bf16, max_batch_size):
         graphs = None
     buffers: list[tuple[Tensor, Tensor]] = []
     if graphs is not None:
@@ -132,18 +132,20 @@ def train_step(
     return StepResult(loss, penalty_value, gradient_norm, bool(finite), summed_flags, local, *clock.seconds())
 
 
-def _captures(penalty: PenaltySettings | None, count: int, max_batch_size: int | None) -> bool:
+def _captures(penalty: PenaltySettings | None, count: int, bf16: bool, max_batch_size: int | None) -> bool:
     """Whether `Graphs` takes a step of so many images."""
     if count == 0 or (max_batch_size is not None and count > max_batch_size):
         return False
     return penalty is None or (
-        first_order_only(penalty.estimator, penalty.derivative) and not count % penalty.sub_batch_size
+        not count % penalty.sub_batch_size
+        and first_order_only(penalty.estimator, penalty.derivative, penalty.step, bf16)
     )
 
 
-def first_order_only(estimator: Estimator, derivative: str) -> bool:
-    """Whether regularized steps of these settings are what `FirstOrder` takes."""
-    return estimator != "reference" and derivative != "exact"
+def first_order_only(estimator: Estimator, derivative: str, step: Step, bf16: bool) -> bool:
+    """Whether regularized steps of these settings are what `FirstOrder` takes: first-order passes, all of them in the
+    precision of the run, where the paper's step would be noise in bfloat16."""
+    return estimator != "reference" and derivative != "exact" and not (bf16 and step == "alpha")
 
 
 class _Clock:

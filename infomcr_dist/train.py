@@ -237,25 +237,29 @@ def build_graphs(run: Run, criterion: nn.Module) -> Graphs | None:
     config, model, device, size = run.config, run.state.model, run.world.device, run.experiment.image_size
     if device.type != "cuda" and not config.compile:
         return None
-    settings = config.regularizer
+    settings, bf16 = config.regularizer, config.precision == "bf16"
+    eagerly = "are launched kernel by kernel, which is slow on a GPU"
     model.train()
     images = torch.zeros(2 * (run.experiment.sub_batch_size or 1), 3, size, size, device=device)
     labels = torch.zeros(len(images), dtype=torch.int64, device=device)
     try:
-        if settings.when != "never" and not first_order_only(settings.estimator, settings.derivative):
-            raise ValueError(f"estimator={settings.estimator}, derivative={settings.derivative}")
         passes = FirstOrder(
             model,
             criterion,
             images,
             labels,
-            bf16=config.precision == "bf16",
+            bf16=bf16,
             streams=min(8, run.experiment.num_sub_batches) if device.type == "cuda" else 1,
             compile=config.compile,
         )
     except ValueError as reason:
-        run.telemetry.message(f"steps are launched kernel by kernel, which is slow on a GPU: {reason}")
+        run.telemetry.message(f"steps {eagerly}: {reason}")
         return None
+    if settings.when != "never" and not first_order_only(settings.estimator, settings.derivative, settings.step, bf16):
+        run.telemetry.message(
+            f"regularized steps {eagerly}: precision={config.precision}, estimator={settings.estimator}, "
+            f"derivative={settings.derivative}, step={settings.step}"
+        )
     return Graphs(passes, model, run.state.optimizer, run.world, config.optimizer.clip_gradient_norm)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the image as docker build would, and tries it: read-only, without a network, as its user, /tmp alone writable.
 #
-#   usage: launch/check_image.sh       (root, buildah, debootstrap, 20 GB in TMPDIR; ten minutes on two cores)
+#   usage: [ENGINE=torch] launch/check_image.sh       (root, buildah, debootstrap, 20 GB in TMPDIR; ten minutes on two cores)
 #
 # No Docker: buildah builds, on a base that debootstrap makes of this machine's own release, from its own mirror, with this
 # machine's settings of pip. Everything is in a directory that is removed at the end. DEVICE=cuda is not tried.
@@ -11,6 +11,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { printf '%s\n' "check_image: $*" >&2; }
 fail() { say "$*"; exit 1; }
+engine=${ENGINE:-horovod}
+case $engine in
+    horovod) launcher=horovodrun ;;
+    torch) launcher=torchrun ;;
+    *) fail "ENGINE must be horovod or torch, got $engine" ;;
+esac
 ((EUID == 0)) || fail "debootstrap and mounts need root"
 for program in buildah debootstrap; do
     command -v "$program" >/dev/null || fail "no $program: install it (Debian, Ubuntu: apt-get install $program)"
@@ -65,7 +71,7 @@ mapfile -t volumes <<<"$mounts"
 
 began=$SECONDS
 say "building, without Docker's cache of layers: six minutes on two cores …"
-buildah bud --quiet --layers=false --format docker --tag image --build-arg BASE=localhost/base \
+buildah bud --quiet --layers=false --format docker --tag image --build-arg BASE=localhost/base --build-arg ENGINE="$engine" \
     --secret "id=pip.conf,src=$work/pip.conf" "${volumes[@]}" . >"$work/log" 2>&1 || { tail -n 40 "$work/log" >&2; fail "the build failed"; }
 built=$((SECONDS - began))
 
@@ -109,9 +115,9 @@ inside bash -euc '
     ssh-keygen -q -t ed25519 -N "" -f /tmp/key
     /usr/sbin/sshd -D -p 2222 -h /tmp/key -o UsePAM=no -o StrictModes=no -o PidFile=none -o AuthorizedKeysFile=/tmp/key.pub &
     for _ in {1..50}; do 2>/dev/null exec 3<>/dev/tcp/127.0.0.1/2222 && break; sleep 0.1; done
-    found=$(ssh -q -i /tmp/key -p 2222 -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null 127.0.0.1 "id -un; command -v python horovodrun infomcr; python -c \"import infomcr_dist, pipelines\"")
-    [[ $found == $(printf "trainer\n/opt/venv/bin/python\n/opt/venv/bin/horovodrun\n/opt/venv/bin/infomcr") ]] || { echo "$found"; exit 1; }
-' || fail "sshd's session is not as it should be (above)"
+    found=$(ssh -q -i /tmp/key -p 2222 -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null 127.0.0.1 "id -un; command -v python $1 infomcr; python -c \"import infomcr_dist, pipelines\"")
+    [[ $found == $(printf "trainer\n/opt/venv/bin/python\n/opt/venv/bin/$1\n/opt/venv/bin/infomcr") ]] || { echo "$found"; exit 1; }
+' bash "$launcher" || fail "sshd's session is not as it should be (above)"
 
 say "its command trains the demo, and the health check passes meanwhile: ${command[*]}"
 inside bash -euc '
@@ -129,4 +135,4 @@ inside bash -euc '
 ' bash "${health[@]}" -- "${command[@]}" epochs=1 "schedule.milestones=[0.5]" data.train_images=3200 metric.trials=2 \
     || fail "the demo does not run in the image (the reason is above)"
 
-printf 'image ok: %s MB, built in %d s\n' "$(du -sm --one-file-system "$root" | cut -f 1)" "$built"
+printf 'image with %s ok: %s MB, built in %d s\n' "$engine" "$(du -sm --one-file-system "$root" | cut -f 1)" "$built"

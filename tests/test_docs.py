@@ -150,7 +150,7 @@ def test_messages_in_the_questions_are_the_code_s() -> None:
     source = "".join(re.sub(r'"\s*\n\s*f?"', "", path.read_text(encoding="utf-8")) for path in files)
     for row in PAGES["docs/faq.md"].splitlines():
         message = re.match(r"\| `([^`]+)`", row)
-        for part in re.split(r"…|\d+|\(WORLD_SIZE=2\)|^torchrun", message[1]) if message else ():
+        for part in re.split(r"…|\d+|^srun \(SLURM_NTASKS=2\)", message[1]) if message else ():
             text = part.strip(" :;'")
             assert text in source, f"{text} in: {row}"
 

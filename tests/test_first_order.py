@@ -151,6 +151,23 @@ def test_what_a_graph_cannot_hold_is_refused(model: nn.Module, reason: str) -> N
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_the_paper_s_step_is_not_taken_in_bfloat16() -> None:
+    """It would be noise: there its passes run in float32, kernel by kernel."""
+    penalty = PenaltySettings(ALPHA, BETA, 4, step="alpha")
+    trained = []
+    for by_graphs in (False, True):
+        model, criterion, world = network(), nn.CrossEntropyLoss(), SingleProcess()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        passes = FirstOrder(model, criterion, *batch_of(), bf16=True)
+        graphs = Graphs(passes, model, optimizer, world, None) if by_graphs else None
+        train_step(
+            model, criterion, optimizer, world, batch_of(), loss_scale=1.0, penalty=penalty, bf16=True, graphs=graphs
+        )
+        trained.append(model)
+    for one, other in zip(trained[0].parameters(), trained[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("estimator", ["fused", "sampled"])
 def test_a_training_by_graphs_is_that_without(estimator: Estimator, fused: bool) -> None:

@@ -1,5 +1,6 @@
 """The image, built and run here; of its variant for GPUs, what can be checked without building it."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -11,11 +12,13 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
 
 
 @pytest.mark.ops
-def test_the_image_builds_and_trains() -> None:
+@pytest.mark.parametrize("engine", ["horovod", "torch"])
+def test_the_image_builds_and_trains(engine: str) -> None:
     for program in ("buildah", "debootstrap"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed (Debian, Ubuntu: apt-get install {program})")
-    subprocess.run([ROOT / "launch" / "check_image.sh"], check=True, timeout=3600)
+    environment = os.environ | {"ENGINE": engine}
+    subprocess.run([ROOT / "launch" / "check_image.sh"], env=environment, check=True, timeout=3600)
 
 
 def test_every_stage_is_on_a_base_that_can_be_given() -> None:
