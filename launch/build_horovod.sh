@@ -21,7 +21,6 @@ fail() { say "build_horovod: $*"; exit 1; }
 
 # Leaves the patched sources in $work/horovod-$version.
 fetch_sources() {
-    command -v patch >/dev/null || fail "no patch: install it (Debian, Ubuntu: apt-get install patch)"
     "$python" -m pip download --quiet --no-deps --no-build-isolation --no-binary horovod --dest "$work" "horovod==$version" >"$work/log" 2>&1 \
         || { tail -n 20 "$work/log" >&2; fail "the source of horovod $version could not be downloaded: is the package index reachable?"; }
     local sdist=$work/horovod-$version.tar.gz
@@ -33,7 +32,9 @@ fetch_sources() {
     done
 }
 
+need_patch() { command -v patch >/dev/null || fail "no patch: install it (Debian, Ubuntu: apt-get install patch)"; }
 if [[ -n $folder ]]; then
+    need_patch
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
     fetch_sources
@@ -71,6 +72,7 @@ if ((${#wheels[@]})); then
 fi
 
 command -v "${CXX:-g++}" >/dev/null || fail "no C++ compiler: install one (Debian, Ubuntu: apt-get install g++)"
+need_patch
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 say "Horovod $version for $facts: building the wheel, once, 3 to 5 minutes on two cores …"

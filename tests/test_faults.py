@@ -319,7 +319,8 @@ def test_a_worker_that_waits_for_one_that_hangs_ends_within_the_deadline(folder:
         wait_until(lambda: other not in workers_of(path) or Path(f"/proc/{other}/stat").read_text().split()[2] == "Z")
         os.kill(one, signal.SIGKILL)
         output = "".join(job.communicate(timeout=60))
-    assert re.search(r"error: rank \d: (step|the end of epoch) \d+ did not end within shutdown_timeout_seconds=2: exiting without", output)
+    where = r"error: rank \d: (step|the end of epoch) \d+"
+    assert re.search(where + " did not end within shutdown_timeout_seconds=2: exiting without", output)
 
 
 def test_a_second_sigint_ends_at_once(folder: Path) -> None:

@@ -45,7 +45,7 @@ def test_batches_are_those_of_torch_at_any_world_size_and_start(dataset: Dataset
         assert len(found) == sampler.steps - start
         for (_, images, labels), (_, others, other_labels) in zip(expected, found, strict=True):
             assert (others.dtype, other_labels.dtype) == (torch.float32, torch.int64)
-            assert others.is_contiguous()
+            assert others.is_contiguous(memory_format=torch.channels_last)
             assert torch.equal(images, others)
             assert torch.equal(labels, other_labels)
     for loader in loaders:
