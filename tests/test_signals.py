@@ -21,7 +21,10 @@ def process_1(code: str, stderr: int = subprocess.PIPE) -> "subprocess.Completed
     alone = ["unshare", *([] if os.getuid() == 0 else ["--map-root-user"]), "--pid", "--fork", "--kill-child"]
     if subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no container: a user may not have its own process ids here")
-    command = [*alone, sys.executable, "-c", code]
+    # Whatever this process ignores, as under nohup, would be ignored there.
+    restored = "import signal; [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGHUP, signal.SIGTERM)]\n"
+    restored += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    command = [*alone, sys.executable, "-c", restored + code]
     return subprocess.run(
         command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=120, check=False
     )

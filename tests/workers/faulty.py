@@ -181,6 +181,7 @@ def main() -> int:
     first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     if fault != "none" and int(rank) == launched_rank(os.environ) and first_life:
         if fault.startswith("SIG"):
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
             at(
                 moment,
                 partial(strike_with, getattr(signal, fault), written="evaluation" in moment or "metric" in moment),
