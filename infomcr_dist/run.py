@@ -199,9 +199,10 @@ def _prepare_run(config: Config, recipe: Path, world: World, committed: Committe
     resources.callback(writer.wait)
     with world.synchronize_errors():
         if world.rank == 0:
-            checkpoint.make_directory(directory / "checkpoints", "run_dir")
+            checkpoint.make_directory(directory, "run_dir")
             if not world.elastic:  # there a lost rank 0 may end after the one in its place has begun
                 resources.callback(os.close, lock_run(directory))
+            checkpoint.make_directory(directory / "checkpoints", "run_dir")
             checkpoint.remove_unfinished(directory / "checkpoints")
             checkpoint.write_atomically(directory / "config.yaml", lambda file: file.write(to_yaml(config).encode()))
         steps = experiment.sampler.steps
