@@ -83,7 +83,7 @@ class FirstOrder:
         ]
         self._buffers = [f"{name}.{kind}" for name, _ in self._norms for kind in ("running_mean", "running_var")]
         self._momentum = torch.cat(
-            [torch.full((2 * layer.num_features,), float(layer.momentum or 0.0)) for _, layer in self._norms]
+            [torch.full((2 * layer.num_features,), layer.momentum or 0.0) for _, layer in self._norms]
             or [torch.zeros(0)]
         ).to(self._device)
         self._at_weights = _variant(model, statistics=True)
@@ -128,7 +128,7 @@ class FirstOrder:
         if penalty is None:
             statistics = self._statistics()
             loss, g = self._pass(low, images, labels, statistics)
-            self._add(self._totals[0], g, loss_scale)
+            _add(self._totals[0], g, loss_scale)
             self._pending = [(statistics, 1.0)]
             penalty_value = torch.zeros((), device=self._device)
         else:
@@ -204,17 +204,12 @@ class FirstOrder:
         for stream in self._streams:
             main.wait_stream(stream)  # type: ignore[union-attr]
         if rest is not None:
-            self._add(self._totals[0], g, loss_scale * (1 - penalized / count))
+            _add(self._totals[0], g, loss_scale * (1 - penalized / count))
         for total in self._totals[1 : len(parts)]:
-            for flat, one in zip(self._totals[0], total, strict=True):
-                flat.add_(one)
+            _add(self._totals[0], total, 1.0)
         fractions = [1 / count] * penalized + [1 - penalized / count] * (rest is not None)
         self._pending = list(zip(statistics, fractions, strict=True))
         return torch.stack(losses).sum() / count, torch.stack(penalties).mean()
-
-    def _add(self, total: Vector, g: Vector, factor: float) -> None:
-        for flat, one in zip(total, g, strict=True):
-            flat.add_(one, alpha=factor)
 
     def _statistics(self) -> list[Tensor]:
         """Zeros for the statistics of one pass: the mean and the variance of each BatchNorm layer."""
@@ -332,7 +327,13 @@ def _accumulate(total: Tensor, g: Tensor, h: Tensor, factor: float, weight: Tens
     total.addcmul_(g - h, weight)
 
 
-def _norm(vector: Sequence[Tensor]) -> Tensor:
+def _add(total: Vector, g: Vector, factor: float) -> None:
+    """total += factor * g"""
+    for flat, one in zip(total, g, strict=True):
+        flat.add_(one, alpha=factor)
+
+
+def _norm(vector: Vector) -> Tensor:
     parts = [torch.linalg.vector_norm(flat, dtype=torch.float32) for flat in vector]
     return torch.stack(parts).square().sum().sqrt()
 
