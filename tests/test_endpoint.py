@@ -114,6 +114,13 @@ def test_the_memory_of_a_rank_is_that_of_its_own_gpu(monkeypatch: pytest.MonkeyP
         assert (expected in text) if expected else ("gpu_memory" not in text)
 
 
+def read_request(client: socket.socket) -> None:
+    """Read one HTTP request to the end of its body."""
+    with client.makefile("rb") as stream:
+        headers = http.client.parse_headers(stream) if stream.readline() else {}
+        stream.read(int(headers.get("Content-Length", 0)))
+
+
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
@@ -136,7 +143,7 @@ def test_a_pushgateway_that_is_none_costs_a_line(
 
         def serve() -> None:
             client, _ = listening.accept()
-            client.recv(65536)
+            read_request(client)  # all of it: to close with bytes unread is to reset the connection
             if answer is not None:
                 client.sendall(answer)
                 client.close()
