@@ -35,7 +35,7 @@ from infomcr_dist.step import PenaltySettings, build_optimizer, penalty_settings
 from infomcr_dist.telemetry import Telemetry
 from infomcr_dist.world import Finished, World
 from pipelines import Loader, open_loader
-from pipelines.options import to_yaml
+from pipelines.options import flat, to_dict, to_yaml
 
 _SLOW_SECONDS = 5.0
 """After so long a wait for a checkpoint is reported, then after twice as long, and so on"""
@@ -207,7 +207,8 @@ def _prepare_run(config: Config, recipe: Path, world: World, committed: Committe
             checkpoint.write_atomically(directory / "config.yaml", lambda file: file.write(to_yaml(config).encode()))
         steps = experiment.sampler.steps
         evaluated_epoch = state.step == state.epoch * steps
-        telemetry.begin(directory / records.FILE, steps * config.epochs, state.step, evaluated_epoch)
+        settings = flat(to_dict(config))
+        telemetry.begin(directory / records.FILE, steps * config.epochs, state.step, evaluated_epoch, settings)
     return Run(
         config=config,
         world=world,

@@ -81,6 +81,8 @@ class TelemetrySettings:
     """Address that the endpoint binds to; 0.0.0.0 lets other machines scrape it."""
     pushgateway: str | None = None
     """HOST:PORT of a Pushgateway to which rank 0 pushes its metrics when the run ends; null: none."""
+    logger: Literal["tensorboard", "mlflow", "wandb"] | None = None
+    """What rank 0 logs the numbers of its records with; each is an extra of the package. null: nothing."""
 
     def __post_init__(self) -> None:
         valid = self.port is None or 1 <= self.port <= 65535
