@@ -89,3 +89,16 @@ class TelemetrySettings:
         require(valid, "telemetry.port", "between 1 and 65535, or null", self.port)
         if self.pushgateway is not None and not re.fullmatch(r"([\w.-]+|\[[\da-fA-F:.]+\]):\d{1,5}", self.pushgateway):
             raise ValueError("telemetry.pushgateway must be HOST:PORT, without a scheme, a user or a password")
+
+
+@dataclass(frozen=True)
+class ProfileSettings:
+    """A profile of some steps, by torch's profiler."""
+
+    steps: tuple[int, ...] | None = None
+    """Two numbers of updates: rank 0 profiles the steps from when the first is done until the second is, and writes
+    trace.json and operators.txt into the run's directory. null: none."""
+
+    def __post_init__(self) -> None:
+        valid = self.steps is None or (len(self.steps) == 2 and 0 <= self.steps[0] < self.steps[1])
+        require(valid, "profile.steps", "two increasing numbers, at least 0, or null", self.steps and list(self.steps))
