@@ -320,24 +320,24 @@ def of_kind(records: list[Record], kind: type[R]) -> list[R]:
     return [record for record in records if isinstance(record, kind)]
 
 
-def drop_after(path: Path, step: int, epoch_evaluated: bool) -> None:
-    """Drop the records of what a resumed run does again, if there is a file.
+def drop_after(path: Path, step: int, epoch_evaluated: bool) -> list[Record]:
+    """Drop the records of what a resumed run does again, if there is a file; returns them.
 
     Args:
         path: the file.
         step: the step the run resumes after.
         epoch_evaluated: whether what follows an epoch's last step (evaluation, metric) is done as well.
     """
+    kept: list[Record] = []
+    dropped: list[Record] = []
     if not path.exists():
-        return
-    kept = [
-        record
-        for record in read_records(path)
-        if record.step < step
-        or (record.step == step and (epoch_evaluated or not isinstance(record, _AFTER_THE_LAST_STEP)))
-    ]
+        return dropped
+    for record in read_records(path):
+        follows = record.step == step and isinstance(record, _AFTER_THE_LAST_STEP) and not epoch_evaluated
+        (dropped if record.step > step or follows else kept).append(record)
     text = _HEADER + "".join(_line(record) for record in kept)
     write_atomically(path, lambda file: file.write(text.encode()))
+    return dropped
 
 
 def finite(value: Any) -> Any:

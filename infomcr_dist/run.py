@@ -19,6 +19,7 @@ from infomcr_dist.config import Config
 from infomcr_dist.experiment import Experiment, compute_threads, open_experiment, prepare_demo_data
 from infomcr_dist.overhead_budget import OverheadBudget
 from infomcr_dist.preflight import check_run
+from infomcr_dist.profiler import StepProfiler
 from infomcr_dist.records import CheckpointRecord, OverheadBudgetRecord, Phase
 from infomcr_dist.run_lock import lock_run
 from infomcr_dist.schedules import LearningRate, PenaltyWeight
@@ -35,7 +36,7 @@ from infomcr_dist.step import PenaltySettings, build_optimizer, penalty_settings
 from infomcr_dist.telemetry import Telemetry
 from infomcr_dist.world import Finished, World
 from pipelines import Loader, open_loader
-from pipelines.options import to_yaml
+from pipelines.options import flat, to_dict, to_yaml
 
 _SLOW_SECONDS = 5.0
 """After so long a wait for a checkpoint is reported, then after twice as long, and so on"""
@@ -52,6 +53,7 @@ class Run:
     state: TrainState
     checkpoints: checkpoint.Writer
     telemetry: Telemetry
+    profiler: StepProfiler
     train_loader: Loader
     """The training split, augmented, for the steps"""
     train_eval_loader: Loader
@@ -207,7 +209,11 @@ def _prepare_run(config: Config, recipe: Path, world: World, committed: Committe
             checkpoint.write_atomically(directory / "config.yaml", lambda file: file.write(to_yaml(config).encode()))
         steps = experiment.sampler.steps
         evaluated_epoch = state.step == state.epoch * steps
-        telemetry.begin(directory / records.FILE, steps * config.epochs, state.step, evaluated_epoch)
+        settings = flat(to_dict(config))
+        telemetry.begin(directory / records.FILE, steps * config.epochs, state.step, evaluated_epoch, settings)
+    profiled = config.profile.steps if world.rank == 0 else None
+    profiler = StepProfiler(profiled, directory, world.device, telemetry.message)
+    resources.callback(profiler.close)
     return Run(
         config=config,
         world=world,
@@ -216,6 +222,7 @@ def _prepare_run(config: Config, recipe: Path, world: World, committed: Committe
         state=state,
         checkpoints=writer,
         telemetry=telemetry,
+        profiler=profiler,
         train_loader=train_loader,
         train_eval_loader=train_eval_loader,
         test_loader=test_loader,

@@ -24,7 +24,7 @@ _MAY_CHANGE = frozenset(
     (
         *("epochs", "run_dir", "resume", "allow_config_change", "threads", "max_nonfinite_steps"),
         *("compare_weights_steps", "shutdown_timeout_seconds", "hang_timeout_seconds", "pid_dir", "engine"),
-        *("evaluation", "metric", "checkpoint", "telemetry"),
+        *("evaluation", "metric", "checkpoint", "telemetry", "profile"),
     )
 )
 """Settings and sections that a resumed run may change: they do not alter the remaining steps, or only add to them."""

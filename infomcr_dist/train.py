@@ -145,6 +145,7 @@ def train_epoch(
         data_wait = time.perf_counter() - before
         skipped, data_errors = len(run.train_loader.skipped), len(run.train_loader.skipped) - skipped
         world.location = f"step {step + 1}"
+        run.profiler.begin_step(step)
         progress = epoch + batch.step / steps
         rate = state.learning_rate.at(progress)
         was_on = state.penalty_weight.on_since is not None
@@ -172,6 +173,7 @@ def train_epoch(
             graphs=graphs,
         )
         world.progress, world.patience = world.progress + 1, SLOW
+        run.profiler.end_step(step + 1)
         if result.finite:
             loss_sum += result.loss * batch.global_size
             images_seen += batch.global_size

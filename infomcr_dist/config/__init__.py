@@ -14,7 +14,13 @@ from typing import ClassVar, Literal
 from infomcr_dist.config.checks import require
 from infomcr_dist.config.commands import MeasureSettings, ReportSettings
 from infomcr_dist.config.data import DataSettings
-from infomcr_dist.config.running import CheckpointSettings, EvaluationSettings, MetricSettings, TelemetrySettings
+from infomcr_dist.config.running import (
+    CheckpointSettings,
+    EvaluationSettings,
+    MetricSettings,
+    ProfileSettings,
+    TelemetrySettings,
+)
 from infomcr_dist.config.training import OptimizerSettings, RegularizerSettings, ScheduleSettings
 
 __all__ = [
@@ -25,6 +31,7 @@ __all__ = [
     "MeasureSettings",
     "MetricSettings",
     "OptimizerSettings",
+    "ProfileSettings",
     "RegularizerSettings",
     "ReportSettings",
     "ScheduleSettings",
@@ -94,6 +101,7 @@ class Config:
     metric: MetricSettings = field(default_factory=MetricSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+    profile: ProfileSettings = field(default_factory=ProfileSettings)
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, "epochs", "at least 1", self.epochs)
