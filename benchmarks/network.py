@@ -10,6 +10,7 @@ ratios to the plain step measured next to it.
 """
 
 import copy
+import signal
 import statistics
 import subprocess
 import sys
@@ -75,6 +76,7 @@ def main(steps: int) -> None:
 
     if reason := missing():
         sys.exit(reason)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the hosts are removed
     print("| link | engine | step | median, ms | 10 to 90 % | × plain, overlapped |\n|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder, hosts(2, Path(folder)) as made:
         for rate in RATES:
