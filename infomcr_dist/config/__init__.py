@@ -53,7 +53,13 @@ class Config:
     )
 
     model: str = "resnet20"
-    """A network of infomcr_dist.models, or an import path package.module:function."""
+    """A network of infomcr_dist.models, timm:NAME, torchvision:NAME, or an import path package.module:function."""
+    init_from: str | None = None
+    """Weights that training begins with: a run directory, a checkpoint, or a file of weights (.safetensors, or .pt with
+    tensors alone). A head of other classes is new. A resumed run has its checkpoint's instead. null: random weights."""
+    frozen: tuple[str, ...] = ()
+    """Parts that are not trained, by the names of modules or parameters; their BatchNorm and dropout are as in
+    evaluation."""
     epochs: int = 10
     """Passes over the training images."""
     seed: int = 0
