@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from infomcr_dist.config.checks import require
-from infomcr_dist.config.commands import MeasureSettings, ReportSettings
+from infomcr_dist.config.commands import ExportSettings, MeasureSettings, PredictSettings, ReportSettings
 from infomcr_dist.config.data import DataSettings
 from infomcr_dist.config.running import CheckpointSettings, EvaluationSettings, MetricSettings, TelemetrySettings
 from infomcr_dist.config.training import OptimizerSettings, RegularizerSettings, ScheduleSettings
@@ -22,9 +22,11 @@ __all__ = [
     "Config",
     "DataSettings",
     "EvaluationSettings",
+    "ExportSettings",
     "MeasureSettings",
     "MetricSettings",
     "OptimizerSettings",
+    "PredictSettings",
     "RegularizerSettings",
     "ReportSettings",
     "ScheduleSettings",
