@@ -131,6 +131,24 @@ def load_newest(source: Path, report: Callable[[str], None]) -> tuple[Path, Stat
 
 def load(path: Path) -> State:
     """Read a checkpoint, tensors on the CPU; no code in it is run. ValueError if it is not one of ours, whole."""
+    state = read(path)
+    if not isinstance(state, dict) or "format" not in state:
+        raise ValueError(f"{path} is not a checkpoint of this project")
+    if state["format"] != FORMAT:
+        raise OtherFormat(
+            f"{path} has format {state['format']}, known is {FORMAT}: resume it with the release that wrote it, "
+            "or train in another run_dir"
+        )
+    return state
+
+
+def read(path: Path) -> Any:
+    """What torch.save has written to a file, tensors on the CPU; no code in it is run.
+
+    Raises:
+        ValueError: it cannot be read, holds more than tensors and plain values, or does not have the checksum that the
+            name of a checkpoint gives.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -141,7 +159,7 @@ def load(path: Path) -> State:
     try:
         with warnings.catch_warnings():  # the error says what a warning would
             warnings.simplefilter("ignore")
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can fail anywhere in the reader
         reason = " ".join(str(error).split()).partition(". ")[0][:200] or type(error).__name__
         if refused := _REFUSED.search(str(error)):
@@ -151,14 +169,6 @@ def load(path: Path) -> State:
         elif "weights_only" in str(error):
             reason = "it is damaged, or holds more than tensors and plain values"
         raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
-    if not isinstance(state, dict) or "format" not in state:
-        raise ValueError(f"{path} is not a checkpoint of this project")
-    if state["format"] != FORMAT:
-        raise OtherFormat(
-            f"{path} has format {state['format']}, known is {FORMAT}: resume it with the release that wrote it, "
-            "or train in another run_dir"
-        )
-    return state
 
 
 def restore_weights(model: nn.Module, state: State, path: Path) -> None:

@@ -31,7 +31,16 @@ REPORT = Command(
     "report", "infomcr_dist.report", "infomcr_dist.config:ReportSettings", (Argument("RUN", "a run directory", "+"),)
 )
 DOCTOR = Command("doctor", "infomcr_dist.doctor", "infomcr_dist.config:Config", (_RECIPE,))
-COMMANDS = {command.name: command for command in (TRAIN, MEASURE, STUDY, REPORT, DOCTOR, PREPARE, VERIFY, INSPECT)}
+_TRAINED = Argument("RUN", "a run directory or a checkpoint")
+EXPORT = Command("export", "infomcr_dist.export", "infomcr_dist.config:ExportSettings", (_TRAINED,))
+PREDICT = Command(
+    "predict",
+    "infomcr_dist.predict",
+    "infomcr_dist.config:PredictSettings",
+    (_TRAINED, Argument("IMAGES", "images, folders of them or .tar shards", "+")),
+)
+_ALL = (TRAIN, MEASURE, PREDICT, EXPORT, STUDY, REPORT, DOCTOR, PREPARE, VERIFY, INSPECT)
+COMMANDS = {command.name: command for command in _ALL}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from infomcr_dist.config import MetricSettings
 from infomcr_dist.curvature import Estimate, Spectrum, estimate, robustness, spectrum
-from infomcr_dist.functional import Criterion, functional_loss
+from infomcr_dist.functional import Criterion, functional_loss, trainable_parameters
 from infomcr_dist.gram import gradient_gram
 from infomcr_dist.world import UserError, World
 from pipelines import Batch, Loader, LocalBatch, Split, evaluation_batches
@@ -95,7 +95,7 @@ def estimate_curvature(
     rounds = -(-settings.trials // world.size)
     with evaluating(model), torch.enable_grad():
         loss_fn = functional_loss(model, criterion)
-        params = {name: p.detach() for name, p in model.named_parameters()}
+        params = trainable_parameters(model)
         own = [
             astuple(spectrum(gradient_gram(loss_fn, params, (images, labels))))
             for _, images, labels in _in_rounds(_read(loader, trials, world), rounds, poll)

@@ -52,7 +52,8 @@ class Experiment:
     def build_model(self) -> nn.Module:
         """The network, with the initial weights of the run's seed."""
         torch.manual_seed(self.config.seed)
-        return models.build(self.config.model, classes=len(self.dataset.classes), image_size=self.image_size)
+        config, classes = self.config, len(self.dataset.classes)
+        return models.build(config.model, classes=classes, image_size=self.image_size, frozen=config.frozen)
 
     def num_penalized(self, batch: LocalBatch, step: int, budget: OverheadBudget | None) -> int | None:
         """How many sub-batches of a worker's batch a regularized step penalizes; None: the batch does not split.

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from infomcr_dist import checkpoint, models
+from infomcr_dist import checkpoint
 from infomcr_dist.checks import Derivative
 from infomcr_dist.cli import MEASURE
 from infomcr_dist.config import Config, MeasureSettings, MetricSettings
@@ -36,10 +36,11 @@ from infomcr_dist.precision import set_ieee_float32
 from infomcr_dist.records import finite
 from infomcr_dist.regularizer import sub_batch_penalty
 from infomcr_dist.signals import StopRequest
+from infomcr_dist.trained import load_trained
 from infomcr_dist.world import World
 from pipelines import Loader, LocalBatch, Split, open_dataset, open_loader
 from pipelines.console import lenient
-from pipelines.options import from_dict, load
+from pipelines.options import load
 from pipelines.random_streams import Stream, generator, torch_seed
 
 _PENALTY_BATCHES = 10
@@ -53,7 +54,7 @@ class Measurement:
 
     path: str
     model: str
-    epochs: int
+    epochs: float
     parameters: int
     train: Errors
     test: Errors
@@ -69,23 +70,15 @@ class Measurement:
 def measure(path: Path, settings: MeasureSettings, world: World) -> Measurement:
     """All metrics of a checkpoint. Raises `UserError` on every worker if it or its data cannot be read by one."""
     with world.synchronize_errors():
-        path, state = checkpoint.load_newest(path, lambda text: print(text, file=sys.stderr, flush=True))
-        config = from_dict(Config, state["config"])
-        if ":" in config.model and config.model != settings.model:
-            raise ValueError(
-                f"model: {path} has {config.model} imported: give model={config.model} if that code is yours"
-            )
-        image_size = state["image_size"]
-        model = models.build(config.model, classes=len(state["classes"]), image_size=image_size)
-        checkpoint.restore_weights(model, state, path)
-        model.to(world.device).eval()
+        trained = load_trained(path, settings.model, world.device)
+        path, config, model = trained.path, trained.config, trained.model
         dataset = open_dataset(settings.data) if settings.data else open_data(config.data.path)
-        if dataset.classes != state["classes"]:
+        if dataset.classes != trained.classes:
             raise ValueError(f"data: {dataset.path} has other classes than {path} was trained on: give data=DIRECTORY")
         splits = select_splits(config, dataset)
         penalty_batch = _SUB_BATCHES * (config.regularizer.sub_batch_size or 0)
         batch_size = max(settings.batch_size, settings.samples, penalty_batch)
-        loader_config = eval_loader_config(config, dataset, image_size, batch_size, world)
+        loader_config = eval_loader_config(config, dataset, trained.image_size, batch_size, world)
         train_loader, test_loader = (open_loader(splits[name], loader_config) for name in ("train", "test"))
     train, test = splits["train"], splits["test"]
     measured = measured_images(config, train)
@@ -100,10 +93,11 @@ def measure(path: Path, settings: MeasureSettings, world: World) -> Measurement:
     penalty = penalty_share(model, train_loader, train, config, settings.seed, world)
     train_loader.close()
     test_loader.close()
-    parameters = sum(p.numel() for p in model.parameters())
+    params = trainable_parameters(model)
+    parameters = sum(p.numel() for p in params.values())
     log_volume = settings.log_volume
     if log_volume is None:
-        norm = math.sqrt(sum(float(p.detach().double().square().sum()) for p in model.parameters()))
+        norm = math.sqrt(sum(float(p.detach().double().square().sum()) for p in params.values()))
         log_volume = _log_ball(parameters, 0.01 * norm)
     full = gamma(curvature.gamma_hat, parameters, min(settings.samples, len(measured)))
     bound = generalization_bound(
@@ -116,7 +110,7 @@ def measure(path: Path, settings: MeasureSettings, world: World) -> Measurement:
         delta=settings.delta,
     )
     return Measurement(
-        str(path), config.model, state["epochs"], parameters, train_errors, test_errors, curvature, robustness,
+        str(path), config.model, trained.epochs, parameters, train_errors, test_errors, curvature, robustness,
         penalty, full, log_volume, bound,
     )  # fmt: skip
 

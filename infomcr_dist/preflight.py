@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from infomcr_dist.checks import Derivative, Step, devices
 from infomcr_dist.config import Config
 from infomcr_dist.estimators import Estimator
-from infomcr_dist.functional import Criterion, functional_loss
+from infomcr_dist.functional import Criterion, functional_loss, trainable_parameters
 from infomcr_dist.gram import gradient_gram
 from infomcr_dist.models import build
 from infomcr_dist.passes import repeatable, unwrapped
@@ -89,7 +89,7 @@ def check_model(
         if metric:
             with _one_line("the Gram matrix of gamma_hat"):
                 few = images[:2], labels[:2]
-                gradient_gram(functional_loss(own, metric_criterion), dict(own.named_parameters()), few)
+                gradient_gram(functional_loss(own, metric_criterion), trainable_parameters(own), few)
 
 
 def check_run(config: Config, classes: int, image_size: int, sub_batch_size: int | None, device: torch.device) -> str:
@@ -113,7 +113,7 @@ def check_run(config: Config, classes: int, image_size: int, sub_batch_size: int
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is slow is reported by the run itself
         torch.manual_seed(config.seed)
-        model = build(config.model, classes, image_size).to(device).train()
+        model = build(config.model, classes, image_size, config.frozen).to(device).train()
         count = 2 * (size or 1)
         images = torch.randn(count, 3, image_size, image_size, device=device)
         labels = torch.arange(count, device=device) % classes

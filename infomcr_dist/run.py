@@ -17,6 +17,7 @@ from torch import nn
 from infomcr_dist import checkpoint, records
 from infomcr_dist.config import Config
 from infomcr_dist.experiment import Experiment, compute_threads, open_experiment, prepare_demo_data
+from infomcr_dist.initial_weights import load_initial_weights
 from infomcr_dist.overhead_budget import OverheadBudget
 from infomcr_dist.preflight import check_run
 from infomcr_dist.profiler import StepProfiler
@@ -192,6 +193,11 @@ def _prepare_run(config: Config, recipe: Path, world: World, committed: Committe
         if saved is not None and is_finished(saved, config):
             raise Finished(f"{directory} has completed all of its {config.epochs} epochs: nothing is left to do")
 
+    taken_over = None
+    if saved is None and config.init_from is not None:
+        with world.synchronize_errors():
+            if world.rank == 0:  # which sends its weights to the others
+                taken_over = load_initial_weights(Path(config.init_from), model, experiment)
     state = _initial_state(experiment, model, world)
     if saved is not None:
         state.restore(saved, directory, world)
@@ -211,6 +217,8 @@ def _prepare_run(config: Config, recipe: Path, world: World, committed: Committe
         evaluated_epoch = state.step == state.epoch * steps
         settings = flat(to_dict(config))
         telemetry.begin(directory / records.FILE, steps * config.epochs, state.step, evaluated_epoch, settings)
+        if taken_over is not None:
+            telemetry.message(taken_over)
     profiled = config.profile.steps if world.rank == 0 else None
     profiler = StepProfiler(profiled, directory, world.device, telemetry.message)
     resources.callback(profiler.close)

@@ -22,7 +22,7 @@ from pipelines.options import flat, to_dict
 
 _MAY_CHANGE = frozenset(
     (
-        *("epochs", "run_dir", "resume", "allow_config_change", "threads", "max_nonfinite_steps"),
+        *("epochs", "run_dir", "resume", "init_from", "allow_config_change", "threads", "max_nonfinite_steps"),
         *("compare_weights_steps", "shutdown_timeout_seconds", "hang_timeout_seconds", "pid_dir", "engine"),
         *("evaluation", "metric", "checkpoint", "telemetry", "profile"),
     )
@@ -136,6 +136,8 @@ def save(
             "config": to_dict(experiment.config),
             "classes": experiment.dataset.classes,
             "image_size": experiment.image_size,
+            "mean": experiment.dataset.mean,
+            "std": experiment.dataset.std,
         }
         writer.begin(state["step"], state | about, best)
 

@@ -15,6 +15,7 @@ from infomcr_dist.checks import RELATIVE_STEP, Derivative, Step
 from infomcr_dist.config import OptimizerSettings, RegularizerSettings
 from infomcr_dist.estimators import Estimator
 from infomcr_dist.first_order import Penalty
+from infomcr_dist.functional import trainable_parameters
 from infomcr_dist.graphs import Graphs, update
 from infomcr_dist.regularizer import Losses, plain_backward, regularized_backward
 from infomcr_dist.world import World
@@ -171,9 +172,10 @@ class _Clock:
 
 
 def build_optimizer(settings: OptimizerSettings, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a network's parameters, those without weight decay in a group of their own."""
-    undecayed = [] if settings.decay_norm_and_bias else [p for p in model.parameters() if p.ndim <= 1]
-    decayed = [p for p in model.parameters() if settings.decay_norm_and_bias or p.ndim > 1]
+    """The optimizer of a network's trainable parameters, those without weight decay in a group of their own."""
+    trained = list(trainable_parameters(model).values())
+    undecayed = [] if settings.decay_norm_and_bias else [p for p in trained if p.ndim <= 1]
+    decayed = [p for p in trained if settings.decay_norm_and_bias or p.ndim > 1]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
     on_gpu = next(model.parameters()).is_cuda
     return torch.optim.SGD(

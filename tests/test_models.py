@@ -1,3 +1,5 @@
+import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -231,3 +233,38 @@ def test_channels_last_changes_a_gradient_by_rounding_alone(name: str) -> None:
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
     for plain, other in zip(*gradients, strict=True):
         torch.testing.assert_close(other, plain, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "timm:resnet18,pretrained=true",
+            "names a network without weights, got pretrained=true: give .* init_from=FILE",
+        ),
+        ("torchvision:resnet18,weights=DEFAULT", "names a network without weights, got weights=DEFAULT: give the file"),
+        ("timm:resnet18,checkpoint_path=x.pt", "names a network without weights, got checkpoint_path=x.pt"),
+        ("timm:hf-hub:timm/resnet18.a1_in1k", "must be timm:NAME of a network of timm, got 'hf-hub:timm/resnet18"),
+        ("timm:local-dir:/tmp", "must be timm:NAME of a network of timm, got 'local-dir:/tmp'"),
+        ("torchvision:", "must be torchvision:NAME of a network of torchvision, got ''"),
+    ],
+)
+def test_a_name_of_a_library_brings_no_weights(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(name, 10, 32)
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_a_library_that_is_not_there_or_broken_has_a_remedy(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ValueError, match=rf"cannot be imported: .*: pip install 'infomcr_dist\[{library}\]'$"):
+        build(f"{library}:resnet18", 10, 32)
+
+    def broken(name: str) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with pytest.raises(
+        ValueError, match="nms does not exist: install the build of torchvision that is made for torch "
+    ):
+        build(f"{library}:resnet18", 10, 32)

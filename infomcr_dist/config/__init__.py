@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from infomcr_dist.config.checks import require
-from infomcr_dist.config.commands import MeasureSettings, ReportSettings
+from infomcr_dist.config.commands import ExportSettings, MeasureSettings, PredictSettings, ReportSettings
 from infomcr_dist.config.data import DataSettings
 from infomcr_dist.config.running import (
     CheckpointSettings,
@@ -28,9 +28,11 @@ __all__ = [
     "Config",
     "DataSettings",
     "EvaluationSettings",
+    "ExportSettings",
     "MeasureSettings",
     "MetricSettings",
     "OptimizerSettings",
+    "PredictSettings",
     "ProfileSettings",
     "RegularizerSettings",
     "ReportSettings",
@@ -60,7 +62,13 @@ class Config:
     )
 
     model: str = "resnet20"
-    """A network of infomcr_dist.models, or an import path package.module:function."""
+    """A network of infomcr_dist.models, timm:NAME, torchvision:NAME, or an import path package.module:function."""
+    init_from: str | None = None
+    """Weights that training begins with: a run directory, a checkpoint, or a file of weights (.safetensors, or .pt with
+    tensors alone). A head of other classes is new. A resumed run has its checkpoint's instead. null: random weights."""
+    frozen: tuple[str, ...] = ()
+    """Parts that are not trained, by the names of modules or parameters; their BatchNorm and dropout are as in
+    evaluation."""
     epochs: int = 10
     """Passes over the training images."""
     seed: int = 0

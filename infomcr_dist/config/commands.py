@@ -55,3 +55,28 @@ class ReportSettings:
 
     output: str = "report"
     """Writes OUTPUT.html and OUTPUT.png."""
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What is exported, and where to."""
+
+    model: str | None = None
+    """Import path package.module:function of a network that is not ours; no code is imported on a checkpoint's word."""
+    output: str = "model"
+    """Writes OUTPUT.safetensors and OUTPUT.onnx."""
+
+
+@dataclass(frozen=True)
+class PredictSettings:
+    """How images are classified, and where the classes are written."""
+
+    model: str | None = None
+    """Import path package.module:function of a network that is not ours; no code is imported on a checkpoint's word."""
+    csv: str | None = None
+    """Writes a table to this file, a row an image; null: prints a line an image."""
+    threads: int | None = None
+    """CPU threads to compute with; null: OMP_NUM_THREADS, else the cores that may be used."""
+
+    def __post_init__(self) -> None:
+        require(self.threads is None or self.threads >= 1, "threads", "at least 1", self.threads)

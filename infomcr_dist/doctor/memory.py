@@ -194,7 +194,7 @@ def step_cost(trial: Trial, local_rank: int, threads: int, room: int) -> StepCos
     set_ieee_float32()
     set_deterministic(config.deterministic)
     torch.manual_seed(config.seed)
-    model = models.build(config.model, classes=trial.classes, image_size=size).to(world.device).train()
+    model = models.build(config.model, trial.classes, size, config.frozen).to(world.device).train()
     model, optimizer = world.distribute(model, build_optimizer(config.optimizer, model))
     for group in optimizer.param_groups:
         group["lr"] = 0.0

@@ -79,7 +79,8 @@ class HorovodWorld(World):
 
     def distribute(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-        return model, hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        return model, hvd.DistributedOptimizer(optimizer, named_parameters=trained)
 
     def average_gradients(self, optimizer: torch.optim.Optimizer, values: Tensor) -> Tensor:
         sums = hvd.allreduce_async(values, name="sums", op=hvd.Sum)

@@ -5,7 +5,8 @@ import difflib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from infomcr_dist.functional import functional_loss
 from infomcr_dist.models.cnn import cnn
 from infomcr_dist.models.densenet import densenet_100_12
+from infomcr_dist.models.frozen import freeze
 from infomcr_dist.models.resnet import resnet20, resnet50
 from infomcr_dist.models.wide_resnet import wrn_18_1_5, wrn_28_2
 
@@ -29,40 +31,74 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
 
 _CLASSES = ("classes", "num_classes", "n_classes")
 _IMAGE_SIZE = ("image_size", "img_size")
+_LIBRARIES = {"timm": "create_model", "torchvision": "models.get_model"}
+"""Those whose networks are given by name, and what makes them"""
+_OF_WEIGHTS = ("pretrained", "weights", "weights_backbone", "checkpoint_path")
 _WORDS = {"true": True, "false": False, "null": None, "none": None}
 
 
-def build(name: str, classes: int, image_size: int) -> nn.Module:
+def build(name: str, classes: int, image_size: int, frozen: Sequence[str] = ()) -> nn.Module:
     """A network that maps images (B, 3, image_size, image_size) to logits (B, classes).
 
     It is to be given images in the memory format channels_last, as loaders give them. One by import path that cannot
     take them (it may call `view` on what a convolution returns) makes them contiguous first.
 
     Args:
-        name: A name in MODELS, or an import path with arguments, "package.module:function,argument,name=value":
+        name: A name in MODELS; `timm:NAME` or `torchvision:NAME` of a network of these libraries, where they are
+            installed; or an import path with arguments, "package.module:function,argument,name=value":
             `torchvision.models:resnet18`, `timm:create_model,resnet18d,pretrained=true`. The function is given the
             classes as `classes` or `num_classes` and the image size as `image_size` or `img_size`, where it takes
             them by these names and the arguments do not give them.
         classes: Number of classes, at least 2.
         image_size: Height and width of an image, in pixels.
+        frozen: Parts that are not trained, see `freeze`.
 
     Raises:
-        ValueError: An unknown name, a function that cannot be imported, raises, or returns something else than a torch
-            module with a parameter to train, and a module that does not return such logits.
+        ValueError: An unknown name, a library that is not installed, a function that cannot be imported, raises, or
+            returns something else than a torch module with a parameter to train, a module that does not return such
+            logits, and a frozen part that there is not.
     """
+    return freeze(_build(name, classes, image_size), frozen)
+
+
+def parts_by_classes(name: str, classes: int, image_size: int) -> set[str]:
+    """Names of the parameters and buffers whose shape depends on the number of classes: those of the head.
+
+    Args: as of `build`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        first = _build(name, classes, image_size).state_dict()
+        try:
+            second = _build(name, classes + 1, image_size).state_dict()
+        except ValueError:  # a network of a fixed number of classes
+            return set()
+    return {key for key, tensor in first.items() if key not in second or second[key].shape != tensor.shape}
+
+
+def _build(name: str, classes: int, image_size: int) -> nn.Module:
     if classes < 2 or image_size < 1:
         raise ValueError(f"model needs at least 2 classes and 1 pixel, got {classes} classes and {image_size} pixels")
     if name in MODELS:
         return MODELS[name](classes, image_size)
     path, *arguments = name.split(",")
     module, colon, function = path.partition(":")
+    maker = _LIBRARIES.get(module)
+    if maker is not None and function != maker:
+        if not re.fullmatch(r"[\w.]+", function):
+            raise ValueError(f"model={name!r} must be {module}:NAME of a network of {module}, got {function!r}")
+        if given := [item for item in arguments if item.partition("=")[0] in _OF_WEIGHTS]:
+            raise ValueError(
+                f"model={name!r} names a network without weights, got {given[0]}: give the file that holds them as "
+                "init_from=FILE"
+            )
+        function, arguments = maker, [function, *arguments]
     if not colon:
         nearest = difflib.get_close_matches(name, MODELS, n=1, cutoff=0)[0]
         raise ValueError(f"model must be a known name or package.module:function, got {name!r}; nearest: {nearest!r}")
     try:
         builder = functools.reduce(getattr, function.split("."), importlib.import_module(module))
     except Exception as error:
-        raise ValueError(f"model={name!r} cannot be imported: {_one_line(error)}") from error
+        raise ValueError(f"model={name!r} cannot be imported: {_one_line(error)}{_remedy(module, error)}") from error
     try:
         model = _call(builder, arguments, classes, image_size)
     except Exception as error:
@@ -77,6 +113,14 @@ def build(name: str, classes: int, image_size: int) -> nn.Module:
         _check_logits(name, model, classes, image_size, torch.contiguous_format)
         model.register_forward_pre_hook(_contiguous)
     return model
+
+
+def _remedy(library: str, error: Exception) -> str:
+    if library not in _LIBRARIES:
+        return ""
+    if isinstance(error, ModuleNotFoundError):
+        return f": pip install 'infomcr_dist[{library}]'"
+    return f": install the build of torchvision that is made for torch {torch.__version__}"
 
 
 def _contiguous(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
