@@ -80,9 +80,11 @@ class Durations:
 
 def regularizer_line(settings: RegularizerSettings, epoch: int, rate: float, sub_batches: int, size: int) -> str:
     """Announces the switch-on of the regularizer."""
+    infomcr = settings.method == "infomcr"
+    length = f"α {settings.alpha:g}" if infomcr else f"ρ {settings.rho:g}"
     return (
-        f"regularizer on in epoch {epoch}, at rate {rate:.3g}: {settings.estimator}, α {settings.alpha:g}, "
-        f"β {settings.beta:g}, {sub_batches} sub-batches of {size} images a worker"
+        f"regularizer on in epoch {epoch}, at rate {rate:.3g}: {'' if infomcr else f'{settings.method}, '}"
+        f"{settings.estimator}, {length}, β {settings.weight:g}, {sub_batches} sub-batches of {size} images a worker"
     )
 
 

@@ -42,7 +42,7 @@ class StepRecord(Record):
     loss: float
     """L(B, w) of the global batch"""
     penalty: float | None
-    """R_α of the global batch (Jia & Su 2020, Eq. 7), before β"""
+    """R of the global batch (Jia & Su 2020, Eq. 7, or of another regularizer.method), before β"""
     beta: float | None
     """β of the schedule"""
     num_penalized: int | None

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from infomcr_dist.checks import RELATIVE_STEP, Derivative, Step
+from infomcr_dist.checks import RELATIVE_STEP, Derivative, Method, Step
 from infomcr_dist.config import OptimizerSettings, RegularizerSettings
 from infomcr_dist.estimators import Estimator
 from infomcr_dist.first_order import Penalty
@@ -32,13 +32,16 @@ class PenaltySettings:
     num_sampled: int | None = None
     derivative: Derivative | Literal["auto"] = "auto"
     step: Step = "auto"
+    method: Method = "infomcr"
+    rho: float | None = None
 
     def of(self, images: int, bf16: bool) -> Penalty:
         """The same for `FirstOrder`, of a batch of so many images."""
         step = (RELATIVE_STEP if bf16 else "alpha") if self.step == "auto" else self.step
         sub_batches = images // self.sub_batch_size
-        rho = None if step == "alpha" else float(step)
-        return Penalty(self.alpha, rho, sub_batches, self.num_sampled or sub_batches)
+        relative = None if step == "alpha" else float(step)
+        rho = relative if self.method == "infomcr" else self.rho
+        return Penalty(self.alpha, rho, sub_batches, self.num_sampled or sub_batches, self.method)
 
 
 class StepResult(NamedTuple):
@@ -47,7 +50,7 @@ class StepResult(NamedTuple):
     loss: float
     """L(B, w) of the global batch"""
     penalty: float
-    """R_α of the global batch"""
+    """R of the global batch"""
     gradient_norm: float
     finite: bool
     flags: list[float]
@@ -74,7 +77,7 @@ def train_step(
     flags: Sequence[float] = (),
     graphs: Graphs | None = None,
 ) -> StepResult:
-    """One update of L + βR_α (Jia & Su 2020, Algorithm 1), or of L where ``penalty`` is None.
+    """One update of L + βR (Jia & Su 2020, Algorithm 1; other penalties: `methods`), or of L where ``penalty`` is None.
 
     Where loss, penalty or gradient of any worker is not finite, all workers skip the update, and BatchNorm's running
     statistics stay as they were.
@@ -201,4 +204,6 @@ def penalty_settings(
         num_sampled=num_penalized if settings.estimator == "sampled" else None,
         derivative=settings.derivative,
         step=settings.step,
+        method=settings.method,
+        rho=settings.radius,
     )

@@ -74,8 +74,11 @@ class ScheduleSettings:
 
 @dataclass(frozen=True)
 class RegularizerSettings:
-    """The penalty βR_α on the divergence of sub-batch gradients (Jia & Su 2020, Algorithm 1)."""
+    """The penalty βR on the divergence of sub-batch gradients (Jia & Su 2020, Algorithm 1), or on the loss nearby."""
 
+    method: Literal["infomcr", "sam", "asam", "gradient_norm"] = "infomcr"
+    """infomcr: the paper's; sam (Foret et al. 2021), asam (Kwon et al. 2021), gradient_norm (Zhao et al. 2022): the
+    loss at a distance rho from the weights, of each sub-batch."""
     when: Literal["after_drop", "always", "never", "from_epoch"] = "after_drop"
     """after_drop: from the first drop of the learning rate (Sec. 7.2.1); from_epoch: from the epoch ``epoch``."""
     epoch: float | None = None
@@ -87,9 +90,12 @@ class RegularizerSettings:
     ramp_steps: int = 4
     """For ramp=steps: number of steps."""
     alpha: float = 1e-4
-    """Length α of the probing step w − αg; part of the strength (the penalty's gradient is βαHg)."""
+    """For infomcr: length α of the probing step w − αg; part of the strength (the penalty's gradient is βαHg)."""
     beta: float = 10.0
-    """Weight β of the penalty."""
+    """For infomcr and gradient_norm: weight β of the penalty; for gradient_norm from 0 to 1, where it is SAM. For sam
+    and asam the weight is 1."""
+    rho: float = 0.05
+    """For sam, asam and gradient_norm: the distance ρ; asam's is about ten times sam's (Kwon et al. 2021)."""
     sub_batches: int | None = None
     """Number of sub-batches of a worker's batch (M); null where sub_batch_size is given."""
     sub_batch_size: int | None = None
@@ -103,12 +109,12 @@ class RegularizerSettings:
     """For estimator=sampled: the largest time of a regularized step relative to a plain one; the number of penalized
     sub-batches is chosen to keep within it."""
     derivative: Literal["auto", "finite_difference", "exact"] = "auto"
-    """The paper's g − h, or its limit αHg; auto: the difference, unless it would be noise."""
+    """For infomcr: the paper's g − h, or its limit αHg; auto: the difference, unless it would be noise."""
     step: float | Literal["alpha", "auto"] = "auto"
-    """Length of the difference's step. alpha: the paper's, in float32; a number: relative to the length of the weights,
-    in the run's precision; auto: 0.003 in mixed precision, else alpha."""
+    """For infomcr: length of the difference's step. alpha: the paper's, in float32; a number: relative to the length of
+    the weights, in the run's precision; auto: 0.003 in mixed precision, else alpha."""
     finite_difference_error_every_steps: int = 0
-    """Steps between comparisons of the two derivatives on one sub-batch; 0: none."""
+    """For infomcr: steps between comparisons of the two derivatives on one sub-batch; 0: none."""
 
     def __post_init__(self) -> None:
         if (self.when == "from_epoch") != (self.epoch is not None):
@@ -142,3 +148,32 @@ class RegularizerSettings:
         require(self.beta >= 0, "regularizer.beta", "at least 0", self.beta)
         require(self.ramp_epochs >= 0, "regularizer.ramp_epochs", "at least 0", self.ramp_epochs)
         require(self.epoch is None or self.epoch >= 0, "regularizer.epoch", "at least 0", self.epoch)
+        require(self.rho > 0, "regularizer.rho", "positive", self.rho)
+        if self.method != "infomcr":
+            self._check_other_method()
+
+    def _check_other_method(self) -> None:
+        for name, only in (
+            ("estimator", ("fused", "sampled")),
+            ("derivative", ("auto", "finite_difference")),
+            ("step", ("auto",)),
+            ("finite_difference_error_every_steps", (0,)),
+        ):
+            value = getattr(self, name)
+            if value not in only:
+                raise ValueError(
+                    f"regularizer.{name} must be {' or '.join(map(str, only))} for regularizer.method={self.method}, "
+                    f"got {value}"
+                )
+        if self.method == "gradient_norm":
+            require(self.beta <= 1, "regularizer.beta", "at most 1 for regularizer.method=gradient_norm", self.beta)
+
+    @property
+    def weight(self) -> float:
+        """β of the method."""
+        return 1.0 if self.method in ("sam", "asam") else self.beta
+
+    @property
+    def radius(self) -> float | None:
+        """ρ of the method; None for infomcr."""
+        return None if self.method == "infomcr" else self.rho

@@ -117,7 +117,7 @@ def trials(experiment: Experiment) -> list[Trial]:
             assert experiment.sub_batch_size is not None
             # Of the numbers that a budget draws, 1 leaves the most images to the plain pass.
             k = 1 if budget else num_penalized
-            penalty = penalty_settings(settings, experiment.sub_batch_size, settings.beta, k)
+            penalty = penalty_settings(settings, experiment.sub_batch_size, settings.weight, k)
             regularized = replace(trial, penalty=penalty)
     return [trial for trial in (plain, regularized) if trial is not None]
 
