@@ -17,6 +17,7 @@ from torch import nn
 from infomcr_dist import checkpoint, records
 from infomcr_dist.config import Config
 from infomcr_dist.experiment import Experiment, compute_threads, open_experiment, prepare_demo_data
+from infomcr_dist.optimizers import build_optimizer
 from infomcr_dist.overhead_budget import OverheadBudget
 from infomcr_dist.preflight import check_run
 from infomcr_dist.records import CheckpointRecord, OverheadBudgetRecord, Phase
@@ -31,7 +32,7 @@ from infomcr_dist.state import (
     newest_committed,
     save,
 )
-from infomcr_dist.step import PenaltySettings, build_optimizer, penalty_settings
+from infomcr_dist.step import PenaltySettings, penalty_settings
 from infomcr_dist.telemetry import Telemetry
 from infomcr_dist.world import Finished, World
 from pipelines import Loader, open_loader
@@ -165,6 +166,7 @@ def _prepare_run(config: Config, recipe: Path, world: World, committed: Committe
             classes, size = len(experiment.dataset.classes), experiment.sub_batch_size
             check_run(config, classes, experiment.image_size, size, world.device)
         model = experiment.build_model().to(world.device)
+        optimizer = build_optimizer(config.optimizer, model)
         evaluated = config.evaluation.batch_size
         train, test = experiment.splits["train"], experiment.splits["test"]
         largest = max(evaluated, config.metric.samples)
@@ -190,7 +192,7 @@ def _prepare_run(config: Config, recipe: Path, world: World, committed: Committe
         if saved is not None and is_finished(saved, config):
             raise Finished(f"{directory} has completed all of its {config.epochs} epochs: nothing is left to do")
 
-    state = _initial_state(experiment, model, world)
+    state = _initial_state(experiment, model, optimizer, world)
     if saved is not None:
         state.restore(saved, directory, world)
     if state.overhead_budget is not None:
@@ -239,14 +241,16 @@ def _open_telemetry(config: Config, recipe: Path, world: World) -> Telemetry:
     )
 
 
-def _initial_state(experiment: Experiment, model: nn.Module, world: World) -> TrainState:
+def _initial_state(
+    experiment: Experiment, model: nn.Module, optimizer: torch.optim.Optimizer, world: World
+) -> TrainState:
     config, sampler = experiment.config, experiment.sampler
     scale = sampler.global_batch / (config.optimizer.reference_batch_size or sampler.global_batch)
     peak = config.optimizer.learning_rate * scale
     budget = None
     if config.regularizer.overhead_budget is not None and experiment.sub_batch_size is not None:
         budget = OverheadBudget(config.regularizer.overhead_budget, experiment.num_sub_batches, config.seed)
-    model, optimizer = world.distribute(model, build_optimizer(config.optimizer, model))
+    model, optimizer = world.distribute(model, optimizer)
     return TrainState(
         model=model,
         optimizer=optimizer,
