@@ -77,7 +77,7 @@ def measure(path: Path, settings: MeasureSettings, world: World) -> Measurement:
             )
         image_size = state["image_size"]
         model = models.build(config.model, classes=len(state["classes"]), image_size=image_size)
-        checkpoint.restore_weights(model, state, path)
+        checkpoint.restore_weights(model, state, path, settings.weights == "averaged")
         model.to(world.device).eval()
         dataset = open_dataset(settings.data) if settings.data else open_data(config.data.path)
         if dataset.classes != state["classes"]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from infomcr_dist import checkpoint, records
+from infomcr_dist.averaging import AveragedWeights
 from infomcr_dist.config import Config
 from infomcr_dist.experiment import Experiment, compute_threads, open_experiment, prepare_demo_data
 from infomcr_dist.optimizers import build_optimizer
@@ -250,6 +251,7 @@ def _initial_state(
     budget = None
     if config.regularizer.overhead_budget is not None and experiment.sub_batch_size is not None:
         budget = OverheadBudget(config.regularizer.overhead_budget, experiment.num_sub_batches, config.seed)
+    average = None if config.averaging.kind == "none" else AveragedWeights(model, config.averaging)
     model, optimizer = world.distribute(model, optimizer)
     return TrainState(
         model=model,
@@ -257,4 +259,5 @@ def _initial_state(
         learning_rate=LearningRate(config.schedule, peak, config.epochs, sampler.steps),
         penalty_weight=PenaltyWeight(config.regularizer, config.schedule.warmup_epochs),
         overhead_budget=budget,
+        average=average,
     )

@@ -53,7 +53,8 @@ def records(run: Path, kind: str) -> list[dict[str, Any]]:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     _, state = checkpoint.load_newest(run, print)
-    return state["model"] | {f"momentum {k}": v["momentum_buffer"] for k, v in state["optimizer"]["state"].items()}
+    optimizer = {f"{name} {k}": v[name] for k, v in state["optimizer"]["state"].items() for name in v}
+    return state["model"] | optimizer | {f"average {name}": v for name, v in (state["average"] or {}).items()}
 
 
 def free_port() -> int:
@@ -133,7 +134,7 @@ def test_the_parts_of_a_step_make_up_the_step(job: dict[str, Any]) -> None:
     for step in steps:
         assert all(step[part] > 0 for part in parts)
         assert (step["penalty_duration_seconds"] is not None) == (step["phase"] == "regularized")
-    gradients = sum(p.numel() * 4 for n, p in weights(job["run"]).items() if n.startswith("momentum"))
+    gradients = sum(p.numel() * 4 for n, p in weights(job["run"]).items() if n.startswith("momentum_buffer"))
     assert {s["allreduce_bytes"] for s in steps} == {gradients}
 
 
@@ -203,7 +204,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(job: dict[str, Any], 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_run_whose_launcher_is_stopped_resumes_bitwise(folder: Path, engine: str) -> None:
-    """SIGTERM to the launcher at some step; then the same number of workers, and the weights of a run never stopped."""
+    """SIGTERM to the launcher at some step; then the same number of workers, and the weights of a run never stopped.
+
+    With another optimizer than SGD, and an average of the weights.
+    """
     whole, run = folder / "whole", folder / f"stopped-{engine}"
     settings = [
         "telemetry.port=null",
@@ -211,6 +215,9 @@ def test_a_run_whose_launcher_is_stopped_resumes_bitwise(folder: Path, engine: s
         "schedule.milestones=[4]",
         "metric.trials=0",
         "evaluation.every_epochs=0",
+        "optimizer.kind=adamw",
+        "optimizer.learning_rate=0.001",
+        "averaging.kind=ema",
     ]
     command = [sys.executable, "-m", "infomcr_dist.train", "recipe.yaml", *settings]
     if not whole.exists():

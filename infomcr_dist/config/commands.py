@@ -16,6 +16,8 @@ class MeasureSettings:
     """Data set directory; null: that of each model's training."""
     model: str | None = None
     """Import path package.module:function of a network that is not ours; no code is imported on a checkpoint's word."""
+    weights: Literal["current", "averaged"] = "current"
+    """averaged: the run's average, with the statistics of BatchNorm that it was last evaluated with."""
     trials: int = 100
     """Trials averaged (T)."""
     samples: int = 100

@@ -52,6 +52,25 @@ class OptimizerSettings:
 
 
 @dataclass(frozen=True)
+class AveragingSettings:
+    """An average of the weights over the run, evaluated and measured beside the weights themselves."""
+
+    kind: Literal["none", "ema", "swa"] = "none"
+    """ema: exponential moving average over the steps; swa: mean over the ends of epochs (Izmailov et al. 2018)."""
+    decay: float = 0.999
+    """For ema: what a step leaves of the average before it."""
+    start_epoch: int = 0
+    """Epochs before the first weights that are averaged."""
+    statistics_images: int = 10_000
+    """Training images as they are, drawn with the seed, from which BatchNorm's statistics of the average are taken."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.decay < 1, "averaging.decay", "in [0, 1)", self.decay)
+        require(self.start_epoch >= 0, "averaging.start_epoch", "at least 0", self.start_epoch)
+        require(self.statistics_images >= 2, "averaging.statistics_images", "at least 2", self.statistics_images)
+
+
+@dataclass(frozen=True)
 class ScheduleSettings:
     """The learning rate over the run."""
 
