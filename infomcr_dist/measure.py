@@ -70,7 +70,7 @@ class Measurement:
 def measure(path: Path, settings: MeasureSettings, world: World) -> Measurement:
     """All metrics of a checkpoint. Raises `UserError` on every worker if it or its data cannot be read by one."""
     with world.synchronize_errors():
-        trained = load_trained(path, settings.model, world.device)
+        trained = load_trained(path, settings.model, world.device, settings.weights)
         path, config, model = trained.path, trained.config, trained.model
         dataset = open_dataset(settings.data) if settings.data else open_data(config.data.path)
         if dataset.classes != trained.classes:

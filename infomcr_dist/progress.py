@@ -116,6 +116,16 @@ def epoch_line(
     return line
 
 
+def average_line(test: Errors | None, train: Errors | None, gamma_hat: Estimate | None) -> str:
+    """What the averaged weights reached."""
+    parts = [
+        f"{split} error {errors.top1_error_ratio:.2%}"
+        for split, errors in (("test", test), ("train", train))
+        if errors is not None
+    ]
+    return "averaged weights: " + ", ".join([*parts, *([] if gamma_hat is None else [f"γ̂ {plus_minus(gamma_hat)}"])])
+
+
 def summary(
     directory: Path, test: Errors, train: Errors, gamma_hat: Estimate | None, samples: int, durations: Durations
 ) -> str:

@@ -21,6 +21,7 @@ from infomcr_dist.checkpoint import write_atomically
 VERSION = 1
 FILE = "records.jsonl"
 Phase = Literal["plain", "regularized"]
+Weights = Literal["current", "averaged"]
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,8 @@ class EvaluationRecord(Record):
     top1_error_ratio: float
     top5_error_ratio: float
     samples: int
+    weights: Weights = "current"
+    """averaged: by the section averaging"""
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ class MetricRecord(Record):
     samples: int
     """Training images a trial (N')"""
     gamma_hat_singular_trials: int
+    weights: Weights = "current"
 
 
 @dataclass(frozen=True)

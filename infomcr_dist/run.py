@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from infomcr_dist import checkpoint, records
+from infomcr_dist.averaging import AveragedWeights
 from infomcr_dist.config import Config
 from infomcr_dist.experiment import Experiment, compute_threads, open_experiment, prepare_demo_data
 from infomcr_dist.initial_weights import load_initial_weights
+from infomcr_dist.optimizers import build_optimizer
 from infomcr_dist.overhead_budget import OverheadBudget
 from infomcr_dist.preflight import check_run
 from infomcr_dist.profiler import StepProfiler
@@ -33,7 +35,7 @@ from infomcr_dist.state import (
     newest_committed,
     save,
 )
-from infomcr_dist.step import PenaltySettings, build_optimizer, penalty_settings
+from infomcr_dist.step import PenaltySettings, penalty_settings
 from infomcr_dist.telemetry import Telemetry
 from infomcr_dist.world import Finished, World
 from pipelines import Loader, open_loader
@@ -168,6 +170,7 @@ def _prepare_run(config: Config, recipe: Path, world: World, committed: Committe
             classes, size = len(experiment.dataset.classes), experiment.sub_batch_size
             check_run(config, classes, experiment.image_size, size, world.device)
         model = experiment.build_model().to(world.device)
+        optimizer = build_optimizer(config.optimizer, model)
         evaluated = config.evaluation.batch_size
         train, test = experiment.splits["train"], experiment.splits["test"]
         largest = max(evaluated, config.metric.samples)
@@ -198,7 +201,7 @@ def _prepare_run(config: Config, recipe: Path, world: World, committed: Committe
         with world.synchronize_errors():
             if world.rank == 0:  # which sends its weights to the others
                 taken_over = load_initial_weights(Path(config.init_from), model, experiment)
-    state = _initial_state(experiment, model, world)
+    state = _initial_state(experiment, model, optimizer, world)
     if saved is not None:
         state.restore(saved, directory, world)
     if state.overhead_budget is not None:
@@ -254,18 +257,22 @@ def _open_telemetry(config: Config, recipe: Path, world: World) -> Telemetry:
     )
 
 
-def _initial_state(experiment: Experiment, model: nn.Module, world: World) -> TrainState:
+def _initial_state(
+    experiment: Experiment, model: nn.Module, optimizer: torch.optim.Optimizer, world: World
+) -> TrainState:
     config, sampler = experiment.config, experiment.sampler
     scale = sampler.global_batch / (config.optimizer.reference_batch_size or sampler.global_batch)
     peak = config.optimizer.learning_rate * scale
     budget = None
     if config.regularizer.overhead_budget is not None and experiment.sub_batch_size is not None:
         budget = OverheadBudget(config.regularizer.overhead_budget, experiment.num_sub_batches, config.seed)
-    model, optimizer = world.distribute(model, build_optimizer(config.optimizer, model))
+    average = None if config.averaging.kind == "none" else AveragedWeights(model, config.averaging)
+    model, optimizer = world.distribute(model, optimizer)
     return TrainState(
         model=model,
         optimizer=optimizer,
         learning_rate=LearningRate(config.schedule, peak, config.epochs, sampler.steps),
         penalty_weight=PenaltyWeight(config.regularizer, config.schedule.warmup_epochs),
         overhead_budget=budget,
+        average=average,
     )

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from infomcr_dist.checks import RELATIVE_STEP, Derivative, Method, Step
-from infomcr_dist.config import OptimizerSettings, RegularizerSettings
+from infomcr_dist.config import RegularizerSettings
 from infomcr_dist.estimators import Estimator
 from infomcr_dist.first_order import Penalty
-from infomcr_dist.functional import trainable_parameters
 from infomcr_dist.graphs import Graphs, update
 from infomcr_dist.regularizer import Losses, plain_backward, regularized_backward
 from infomcr_dist.world import World
@@ -172,24 +171,6 @@ class _Clock:
         if self._cuda:
             return [first.elapsed_time(second) / 1000 for first, second in pairwise(self._marks)]
         return [second - first for first, second in pairwise(self._marks)]
-
-
-def build_optimizer(settings: OptimizerSettings, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a network's trainable parameters, those without weight decay in a group of their own."""
-    trained = list(trainable_parameters(model).values())
-    undecayed = [] if settings.decay_norm_and_bias else [p for p in trained if p.ndim <= 1]
-    decayed = [p for p in trained if settings.decay_norm_and_bias or p.ndim > 1]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
-    on_gpu = next(model.parameters()).is_cuda
-    return torch.optim.SGD(
-        [group for group in groups if group["params"]],
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        nesterov=settings.nesterov,
-        weight_decay=settings.weight_decay,
-        # One call for all parameters; on CPUs it is the same to the bit, in two thirds of the time.
-        **({"fused": True} if on_gpu else {"foreach": True}),
-    )
 
 
 def penalty_settings(

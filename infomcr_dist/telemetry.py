@@ -227,6 +227,7 @@ _GAUGES = {
     "gamma_hat": "Metric gamma-hat, ln det xi (Eq. 6); at equal training loss, lower generalizes better",
     "gamma_hat_standard_error": "Standard error of gamma_hat over its trials",
     "gamma_hat_cost_seconds": "Time the last estimate of gamma_hat took",
+    "averaged_gamma_hat": "Metric gamma-hat of the averaged weights",
     "gamma_hat_age_seconds": "Time since the last estimate of gamma_hat",
     "gamma_hat_singular_trials": "Trials of the last estimate whose matrix was not positive definite",
     "fisher_trace": "Trace of the Fisher information, mean over the trials",
@@ -239,6 +240,8 @@ _GAUGES = {
 _ERRORS = {
     "top1_error_ratio": "Top-1 error of the last evaluation, 0 to 1",
     "top5_error_ratio": "Top-5 error of the last evaluation, 0 to 1",
+    "averaged_top1_error_ratio": "Top-1 error of the averaged weights in the last evaluation, 0 to 1",
+    "averaged_top5_error_ratio": "Top-5 error of the averaged weights in the last evaluation, 0 to 1",
 }
 
 
@@ -290,6 +293,9 @@ class _Prometheus:
             self._step(record)
         elif isinstance(record, MetricRecord):
             self._histograms["metric_duration_seconds"].observe(record.gamma_hat_cost_seconds)
+            if record.weights == "averaged":
+                self._gauge("averaged_gamma_hat").set(record.gamma_hat)
+                return
             measured = time.time()
             self._gauge("gamma_hat_age_seconds").set_function(lambda: time.time() - measured)
         elif isinstance(record, CheckpointRecord):
@@ -300,8 +306,9 @@ class _Prometheus:
             for reason, count in record.elastic_restarts.items():
                 self._labelled["elastic_restarts"].labels(reason).inc(count)
         elif isinstance(record, EvaluationRecord):
-            for name, gauge in self._errors.items():
-                gauge.labels(record.split).set(getattr(record, name))
+            prefix = "averaged_" if record.weights == "averaged" else ""
+            for name in ("top1_error_ratio", "top5_error_ratio"):
+                self._errors[prefix + name].labels(record.split).set(getattr(record, name))
             return  # its loss is not that of the last batch
         for name, value in vars(record).items():
             if value is None:

@@ -53,7 +53,8 @@ def records(run: Path, kind: str) -> list[dict[str, Any]]:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     _, state = checkpoint.load_newest(run, print)
-    return state["model"] | {f"momentum {k}": v["momentum_buffer"] for k, v in state["optimizer"]["state"].items()}
+    optimizer = {f"{name} {k}": v[name] for k, v in state["optimizer"]["state"].items() for name in v}
+    return state["model"] | optimizer | {f"average {name}": v for name, v in (state["average"] or {}).items()}
 
 
 def free_port() -> int:
@@ -133,7 +134,7 @@ def test_the_parts_of_a_step_make_up_the_step(job: dict[str, Any]) -> None:
     for step in steps:
         assert all(step[part] > 0 for part in parts)
         assert (step["penalty_duration_seconds"] is not None) == (step["phase"] == "regularized")
-    gradients = sum(p.numel() * 4 for n, p in weights(job["run"]).items() if n.startswith("momentum"))
+    gradients = sum(p.numel() * 4 for n, p in weights(job["run"]).items() if n.startswith("momentum_buffer"))
     assert {s["allreduce_bytes"] for s in steps} == {gradients}
 
 

@@ -21,9 +21,10 @@ from infomcr_dist.config.running import (
     ProfileSettings,
     TelemetrySettings,
 )
-from infomcr_dist.config.training import OptimizerSettings, RegularizerSettings, ScheduleSettings
+from infomcr_dist.config.training import AveragingSettings, OptimizerSettings, RegularizerSettings, ScheduleSettings
 
 __all__ = [
+    "AveragingSettings",
     "CheckpointSettings",
     "Config",
     "DataSettings",
@@ -104,6 +105,7 @@ class Config:
     data: DataSettings = field(default_factory=lambda: DataSettings(global_batch_size=128))
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    averaging: AveragingSettings = field(default_factory=AveragingSettings)
     regularizer: RegularizerSettings = field(default_factory=lambda: RegularizerSettings(sub_batch_size=16))
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     metric: MetricSettings = field(default_factory=MetricSettings)
@@ -126,6 +128,11 @@ class Config:
             raise ValueError(
                 "schedule.warmup_epochs must be less than epochs, "
                 f"got {self.schedule.warmup_epochs} and epochs={self.epochs}"
+            )
+        if self.averaging.kind != "none" and self.averaging.start_epoch >= self.epochs:
+            raise ValueError(
+                "averaging.start_epoch must be less than epochs, "
+                f"got {self.averaging.start_epoch} and epochs={self.epochs}"
             )
         if self.resume is not None and self.data.backend == "webdataset":
             raise ValueError(

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from infomcr_dist.config.checks import require
+from infomcr_dist.config.checks import plain, require
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Stochastic gradient descent with momentum."""
+    """What updates the weights from the gradient."""
 
+    kind: str = "sgd"
+    """An optimizer of torch.optim in lower case (sgd, adamw, rmsprop, …), or an import path package.module:Class."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of its class, such as {betas: [0.9, 0.95]} of adamw."""
     learning_rate: float = 0.1
     """Peak learning rate, at a global batch of reference_batch_size images."""
     reference_batch_size: int | None = None
     """Global batch size from which the rate is scaled linearly (Goyal et al. 2017); null: no scaling."""
     momentum: float = 0.9
-    """Momentum coefficient."""
+    """For sgd: momentum coefficient."""
     nesterov: bool = True
-    """Whether momentum is Nesterov's."""
+    """For sgd: whether momentum is Nesterov's."""
     weight_decay: float = 1e-4
     """Coefficient of weight decay, of the outer loss only: it never enters a sub-batch gradient."""
     decay_norm_and_bias: bool = True
@@ -39,6 +43,31 @@ class OptimizerSettings:
             require(value is None or value > 0, f"optimizer.{name}", "positive", value)
         if self.nesterov and self.momentum == 0:
             raise ValueError("optimizer.nesterov needs momentum, got optimizer.momentum=0.0: set nesterov=false")
+        if self.kind != "sgd" and (self.momentum, self.nesterov) != (0.9, True):
+            raise ValueError(
+                f"optimizer.momentum and optimizer.nesterov are for optimizer.kind=sgd, got kind={self.kind}, "
+                f"momentum={self.momentum} and nesterov={self.nesterov}: give {self.kind}'s own in optimizer.arguments"
+            )
+        object.__setattr__(self, "arguments", {name: plain(value) for name, value in self.arguments.items()})
+
+
+@dataclass(frozen=True)
+class AveragingSettings:
+    """An average of the weights over the run, evaluated and measured beside the weights themselves."""
+
+    kind: Literal["none", "ema", "swa"] = "none"
+    """ema: exponential moving average over the steps; swa: mean over the ends of epochs (Izmailov et al. 2018)."""
+    decay: float = 0.999
+    """For ema: what a step leaves of the average before it."""
+    start_epoch: int = 0
+    """Epochs before the first weights that are averaged."""
+    statistics_images: int = 10_000
+    """Training images as they are, drawn with the seed, from which BatchNorm's statistics of the average are taken."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.decay < 1, "averaging.decay", "in [0, 1)", self.decay)
+        require(self.start_epoch >= 0, "averaging.start_epoch", "at least 0", self.start_epoch)
+        require(self.statistics_images >= 2, "averaging.statistics_images", "at least 2", self.statistics_images)
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,11 @@ from infomcr_dist.allocator import keep_freed_memory
 from infomcr_dist.config import Config
 from infomcr_dist.doctor.results import Result, attempt, gigabytes
 from infomcr_dist.experiment import Experiment, compute_threads
+from infomcr_dist.optimizers import build_optimizer
 from infomcr_dist.precision import set_deterministic, set_ieee_float32
 from infomcr_dist.preflight import check_run
 from infomcr_dist.schedules import LearningRate, PenaltyWeight
-from infomcr_dist.step import PenaltySettings, build_optimizer, penalty_settings, train_step
+from infomcr_dist.step import PenaltySettings, penalty_settings, train_step
 from infomcr_dist.world import SingleProcess, World
 from pipelines.free_memory import free_memory
 from pipelines.pools import begin_worker
