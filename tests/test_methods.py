@@ -1,6 +1,7 @@
 """SAM, ASAM and the penalty on the gradient's norm, against plain autograd in float64 and another implementation."""
 
 import copy
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,9 +83,9 @@ def one_by_one(
         w = torch.cat([p.detach().flatten() for p in here.parameters()])
         if method == "asam":
             t = torch.diag(w.abs())
-            epsilon = rho * (t @ t @ g) / (t @ g).norm()  # Kwon et al. 2021, Algorithm 1
+            epsilon = rho * (t @ t @ g) / (t @ g).norm()  # Kwon et al. 2021
         else:
-            epsilon = rho * g / g.norm()  # Foret et al. 2021, Eq. 2 with p = 2; Zhao et al. 2022, Eq. 9
+            epsilon = rho * g / g.norm()  # Foret et al. 2021, p = 2; Zhao et al. 2022
         there = copy.deepcopy(model)
         nn.utils.vector_to_parameters(w + epsilon, there.parameters())
         moved = F.cross_entropy(there(images), labels)
@@ -339,6 +340,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(method: Method, tmp_p
     assert [step.phase for step in steps] == ["plain"] * 2 + ["regularized"] * 4
     assert [step.beta for step in steps[2:]] == ([0, 0.125, 0.25, 0.375] if method == "gradient_norm" else [1] * 4)
     assert all(step.penalty > 0 for step in steps[2:])  # type: ignore[operator]
+
+
+# The page.
+
+
+def test_the_tests_that_the_page_names_are_there() -> None:
+    tests = Path(__file__).parent
+    named = set(re.findall(r"`(test_\w+)`", (tests.parent / "docs" / "methods.md").read_text()))
+    found = set(re.findall(r"^def (test_\w+)", "".join(f.read_text() for f in tests.glob("test_*.py")), re.MULTILINE))
+    assert len(named) > 10
+    assert named <= found
 
 
 # Bad input.
