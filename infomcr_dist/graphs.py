@@ -73,7 +73,7 @@ class Graphs:
             order = torch.cat([drawn[: penalty.num_penalized], drawn[penalty.num_penalized :].sort().values])
             order = order.pin_memory().to(images.device, non_blocking=True) if images.is_cuda else order
         self._beta.fill_(beta)
-        key = (images.shape, images.stride(), images.dtype, penalty, loss_scale)
+        key = (images.shape, images.stride(), images.dtype, labels.shape, labels.dtype, penalty, loss_scale)
         first = key not in self._kinds
         kind = self._kinds.get(key)
         self._current = kind

@@ -174,7 +174,7 @@ def _prepare_run(config: Config, recipe: Path, world: World, committed: Committe
         evaluated = config.evaluation.batch_size
         train, test = experiment.splits["train"], experiment.splits["test"]
         largest = max(evaluated, config.metric.samples)
-        train_loader = open_loader(train, experiment.train_loader_config(world))
+        train_loader = experiment.open_train_loader(world)
         train_eval_loader = open_loader(train, experiment.eval_loader_config(world, largest))
         test_loader = open_loader(test, experiment.eval_loader_config(world, evaluated))
         for loader in (train_loader, train_eval_loader, test_loader):

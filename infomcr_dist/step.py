@@ -83,10 +83,11 @@ def train_step(
 
     Args:
         model: what `World.distribute` returned.
-        criterion: mean loss of logits (B, classes) and labels (B,).
+        criterion: mean loss of logits (B, classes) and labels.
         optimizer: likewise.
         world: the workers that take this step together.
-        batch: images (B, 3, H, W) float32 and labels (B,) int64 of this worker; B may be 0.
+        batch: images (B, 3, H, W) float32 of this worker, and labels (B,) int64 or as probabilities (B, classes); B may
+            be 0.
         loss_scale: this worker's fraction of the global batch times the number of workers, so that the mean over
             workers is the mean over images.
         penalty: how the step is regularized.

@@ -245,6 +245,8 @@ def build_graphs(run: Run, criterion: nn.Module) -> Graphs | None:
     model.train()
     images = torch.zeros(2 * (run.experiment.sub_batch_size or 1), 3, size, size, device=device)
     labels = torch.zeros(len(images), dtype=torch.int64, device=device)
+    if config.data.mixes:
+        labels = nn.functional.one_hot(labels, len(run.experiment.dataset.classes)).float()
     if device.type == "cuda" and not all(group.get("fused") for group in run.state.optimizer.param_groups):
         run.telemetry.message(
             f"steps {eagerly}: optimizer.kind={config.optimizer.kind} is not one of torch's fused ones"

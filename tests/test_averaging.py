@@ -163,6 +163,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(kind: str, runs: Call
     """From within an epoch, from the end of its steps, before what follows them, and after it."""
     whole = runs(f"whole-{kind}", f"averaging.kind={kind}")
     final = states(whole)[3 * STEPS]
+    without = runs(f"without-{kind}", "averaging.start_epoch=0", "metric.trials=0")
+    assert_same(states(without)[3 * STEPS]["model"], final["model"])  # training does not see it
     for step in (STEPS + 3, 2 * STEPS):
         part = runs(
             f"part-{kind}-{step}", f"averaging.kind={kind}", "checkpoint.keep=1", f"resume={of_step(whole, step)}"
