@@ -17,7 +17,7 @@ from data_sets import jpeg
 from PIL import Image
 from safetensors import safe_open
 
-from infomcr_dist import export, models
+from infomcr_dist import checkpoint, export, models
 from infomcr_dist.cli import main
 from infomcr_dist.experiment import eval_loader_config
 from infomcr_dist.initial_weights import read_weights
@@ -51,9 +51,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Iterat
     torch.set_num_threads(threads)
 
 
+def no_data(path: str) -> None:
+    pytest.fail(f"{path} was opened")
+
+
 @pytest.fixture
-def trained(folder: Path) -> Trained:
-    return load_trained(folder / "run", None, torch.device("cpu"))
+def trained(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Trained:
+    """The run's network, for which the data set is not needed."""
+    with monkeypatch.context() as patch:
+        patch.setattr("infomcr_dist.trained.open_data", no_data)
+        return load_trained(folder / "run", None, torch.device("cpu"))
+
+
+def test_a_checkpoint_of_before_it_kept_the_normalization(folder: Path, trained: Trained, tmp_path: Path) -> None:
+    state = checkpoint.load(trained.path)
+    del state["mean"], state["std"]
+    torch.save(state, tmp_path / "old.pt")
+    found = load_trained(tmp_path / "old.pt", None, torch.device("cpu"))
+    assert (found.mean, found.std) == (trained.mean, trained.std)
 
 
 def evaluated(trained: Trained, data: Path) -> torch.Tensor:

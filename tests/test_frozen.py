@@ -113,7 +113,9 @@ def test_the_gram_matrix_is_that_of_the_rest() -> None:
     torch.testing.assert_close(found, jacobian @ jacobian.T, rtol=1e-4, atol=1e-6)
 
 
-def test_a_run_trains_the_rest(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_trains_the_rest(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "recipe.yaml").write_text(
         f"data: {{path: {small_data}, backend: torch, global_batch_size: 32, train_images: 64}}\nepochs: 1\n"
         "schedule: {kind: constant}\nregularizer: {when: always, sub_batch_size: 16}\n"
@@ -131,4 +133,8 @@ def test_a_run_trains_the_rest(small_data: Path, tmp_path: Path, monkeypatch: py
     assert {name for name, _ in trained.model.named_parameters()} - set(trainable_parameters(trained.model)) == {
         name for name in still if "running_" not in name and "num_batches" not in name
     }
+    assert train(["recipe.yaml", "run_dir=run", "resume=auto", "epochs=2", "frozen=[stem]"]) == 2
+    assert (
+        "was trained with other settings: frozen=['stem'] (checkpoint: ['stem', 'blocks.0'])" in capsys.readouterr().err
+    )
     torch.set_num_threads(threads)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,6 +137,13 @@ def test_what_does_not_fit_is_refused_in_one_line(
 def test_a_damaged_file_of_safetensors_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      nothing")
     with pytest.raises(ValueError, match=r"init_from: .* is not a readable file of safetensors"):
+        load_initial_weights(tmp_path / "file.safetensors", build("resnet20", 5, 16), experiment())
+
+
+def test_without_safetensors_there_is_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file.safetensors").touch()
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ValueError, match=r"needs safetensors: pip install 'infomcr_dist\[export\]'"):
         load_initial_weights(tmp_path / "file.safetensors", build("resnet20", 5, 16), experiment())
 
 
