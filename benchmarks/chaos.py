@@ -39,7 +39,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from infomcr_dist import checkpoint, train
+from infomcr_dist import assess, checkpoint, train
 from infomcr_dist.config import Config
 from infomcr_dist.experiment import open_experiment
 from infomcr_dist.records import (
@@ -85,7 +85,8 @@ def worker(arguments: list[str]) -> int:
     """The trainer; each worker logs what it does, and some faults strike in it."""
     folder = Path(os.environ[FOLDER])
     trainer: Any = train
-    step, symlink, evaluate = trainer.train_step, os.symlink, trainer.evaluate
+    assessment: Any = assess
+    step, symlink, evaluate = trainer.train_step, os.symlink, assessment.evaluate
 
     def logged(model: torch.nn.Module, criterion: Any, optimizer: Any, world: World, batch: Any, **more: Any) -> Any:
         line: dict[str, Any] = {
@@ -115,7 +116,7 @@ def worker(arguments: list[str]) -> int:
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*values, **more)
 
-    trainer.train_step, os.symlink, trainer.evaluate = logged, refused, struck
+    trainer.train_step, os.symlink, assessment.evaluate = logged, refused, struck
     if (host := os.environ.get("HOROVOD_HOSTNAME")) in NAMES:  # three hosts that are one machine need three ports
         name, _, port = arguments[-1].partition("=")
         assert name == "telemetry.port"

@@ -29,6 +29,7 @@ optimizer: {learning_rate: 0.05}
 regularizer: {sub_batch_size: 10, beta: 5}
 metric: {trials: 2, samples: 8, every_epochs: 2}
 evaluation: {batch_size: 16}
+averaging: {kind: ema, decay: 0.9, statistics_images: 60}
 checkpoint: {every_steps: 2}
 telemetry: {port: null}
 threads: 1
@@ -67,10 +68,11 @@ def in_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
 
 
 def final(run: Path) -> dict[str, torch.Tensor]:
-    """Weights, buffers and momentum at the end of a run."""
+    """Weights, buffers, momentum and averages at the end of a run."""
     _, state = checkpoint.load_newest(run, pytest.fail)
     assert state["step"] == 4 * STEPS
-    return state["model"] | {f"momentum {k}": v["momentum_buffer"] for k, v in state["optimizer"]["state"].items()}
+    momentum = {f"momentum {k}": v["momentum_buffer"] for k, v in state["optimizer"]["state"].items()}
+    return state["model"] | momentum | {f"average {name}": value for name, value in state["average"].items()}
 
 
 def history(run: Path) -> list[tuple[Any, ...]]:

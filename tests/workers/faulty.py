@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from infomcr_dist import checkpoint, diagnostics, evaluate, step, train
+from infomcr_dist import assess, checkpoint, diagnostics, evaluate, step, train
 from infomcr_dist.engines import launched_rank
 from pipelines import LocalBatch, Sampler
 
@@ -71,14 +71,14 @@ def at(moment: str, strike: Callable[[], None]) -> None:
 
         step.regularized_backward, step.plain_backward = struck_last(regularized), struck_last(plain)
     elif moment == "evaluation":
-        errors = train.evaluate
+        errors = assess.evaluate
 
         def struck_before(*args: Any, **settings: Any) -> Any:
             if steps >= STEP:
                 once()
             return errors(*args, **settings)
 
-        train.evaluate = struck_before
+        assess.evaluate = struck_before
     elif moment in ("within an evaluation", "within the last evaluation"):
         count = evaluate._count
         batches = 0
