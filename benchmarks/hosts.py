@@ -24,10 +24,11 @@ def missing() -> str | None:
     for program, package in (("ip", "iproute2"), ("tc", "iproute2"), ("/usr/sbin/sshd", "openssh-server")):
         if shutil.which(program) is None:
             return f"{program} is missing (Debian, Ubuntu: apt-get install {package})"
-    probe = subprocess.run(["ip", "netns", "add", "improbe"], capture_output=True, text=True, check=False)
+    name = f"improbe{os.getpid()}"
+    probe = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
     if probe.returncode:
         return f"network namespaces cannot be made here: {probe.stderr.strip()}"
-    _run("ip", "netns", "del", "improbe")
+    _run("ip", "netns", "del", name)
     return None
 
 
@@ -58,6 +59,13 @@ class Hosts:
             launcher, *count, "--ssh-port", str(_PORT), "--ssh-identity-file", str(self.folder / "key"),
             "--network-interface", _INTERFACE, *command,
         )  # fmt: skip
+
+    def torchrun(self, *command: str, options: tuple[str, ...] = ()) -> list[list[str]]:
+        """The command lines that start a job of torchrun, one on each host; the hosts meet at the first of them."""
+        launcher = str(Path(sys.executable).with_name("torchrun"))
+        meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{self.hosts[0].name}:29400"]
+        count = ["--nnodes", str(len(self.hosts)), "--nproc-per-node", "1"]
+        return [host.command(launcher, *count, *meeting, *options, "--no-python", *command) for host in self.hosts]
 
     def set_rate(self, rate: str | None) -> None:
         """Limit what every host sends to a rate in tc's notation (100mbit); None: no limit."""

@@ -29,7 +29,8 @@ from infomcr_dist.allocator import keep_freed_memory
 from infomcr_dist.config import OptimizerSettings
 from infomcr_dist.engines import connect
 from infomcr_dist.models import build
-from infomcr_dist.step import PenaltySettings, StepResult, build_optimizer, train_step
+from infomcr_dist.optimizers import build_optimizer
+from infomcr_dist.step import PenaltySettings, StepResult, train_step
 from infomcr_dist.world import SingleProcess, World
 from pipelines.options import load
 

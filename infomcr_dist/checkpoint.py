@@ -171,10 +171,18 @@ def read(path: Path) -> Any:
         raise ValueError(f"{path} is not a readable checkpoint: {reason}") from error
 
 
-def restore_weights(model: nn.Module, state: State, path: Path) -> None:
-    """Load the weights and buffers of a checkpoint; ValueError if they are another network's."""
+def restore_weights(model: nn.Module, state: State, path: Path, averaged: bool = False) -> None:
+    """Load the weights and buffers of a checkpoint, or the averaged ones; ValueError if they are another network's."""
+    tensors = state["model"]
+    if averaged:
+        if state.get("average") is None:
+            raise ValueError(
+                f"weights: {path} has no averaged weights: give weights=current, or train with averaging.kind"
+            )
+        found = state["average"].items()
+        tensors = {name.removeprefix("module."): tensor for name, tensor in found if name != "n_averaged"}
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(
             f"the weights of {path} do not fit the model it names: the model's code has changed since"

@@ -14,6 +14,7 @@ from infomcr_dist.passes import unwrapped
 
 Derivative = Literal["finite_difference", "exact"]
 Step = float | Literal["alpha", "auto"]
+Method = Literal["infomcr", "sam", "asam", "gradient_norm"]
 RELATIVE_STEP = 3e-3
 """rho, where low precision asks for a step longer than alpha: the least error under rounding to bfloat16."""
 
@@ -24,7 +25,9 @@ class Scheme(NamedTuple):
     derivative: Derivative
     alpha: float
     rho: float | None = None
-    """Length of the finite difference's step, |epsilon_i g_i| / |w|; None: the paper's, epsilon_i = alpha."""
+    """InfoMCR: relative length of the finite difference's step, |epsilon_i g_i| / |w|; None: the paper's, epsilon_i =
+    alpha. Other methods: the radius."""
+    method: Method = "infomcr"
 
 
 def check_step(model: nn.Module, criterion: Criterion, images: Any, labels: Any, params: Params) -> None:
@@ -94,6 +97,38 @@ def check_derivative(alpha: float, derivative: str, step: Step, params: Params, 
         raise ValueError(
             "derivative='exact' needs double backward, which torch.compile does not support: "
             "use derivative='finite_difference', or a model that is not compiled"
+        )
+
+
+def check_method(
+    method: str, rho: float | None, derivative: str, step: Step, params: Params, estimator: str = "fused"
+) -> None:
+    """Refuse a method and settings that do not fit it."""
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
+    if method == "infomcr":
+        if rho is not None:
+            raise ValueError(f"rho is the radius of the other methods, got method='infomcr' and rho={rho}: use step")
+        return
+    if not isinstance(rho, int | float) or not 0 < rho < math.inf:
+        raise ValueError(f"rho must be positive for method={method!r}, got {rho}")
+    for name, value, wrong in (
+        ("estimator", estimator, estimator == "reference"),
+        ("derivative", derivative, derivative == "exact"),
+        ("step", step, not isinstance(step, str)),
+    ):
+        if wrong:
+            raise ValueError(f"{name}={value!r} goes with method='infomcr', got method={method!r}")
+    if autocast_type(params) == torch.float16:
+        raise ValueError(
+            f"method={method!r} computes under autocast, which to float16 needs loss scaling: use bfloat16"
+        )
+    if len(devices(params)) > 1:
+        raise ValueError(f"method={method!r} needs all parameters on one device")
+    if low_precision(params):
+        raise ValueError(
+            f"method={method!r} moves parameters of less than 32 bits by less than their rounding: keep them in "
+            "float32, and use autocast"
         )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from infomcr_dist.config import MetricSettings
 from infomcr_dist.curvature import Estimate, Spectrum, estimate, robustness, spectrum
@@ -62,6 +63,47 @@ def evaluate(
                 totals += _count(model(images), labels)
     loss, top1, top5, samples = world.sum(totals.tolist())
     return Errors(loss / samples, top1 / samples, top5 / samples, int(samples))
+
+
+def recompute_statistics(
+    model: nn.Module,
+    loader: Loader,
+    split: Split,
+    images: int,
+    batch_size: int,
+    seed: int,
+    world: World,
+    poll: Poll = _no_poll,
+    *,
+    bf16: bool = False,
+) -> None:
+    """BatchNorm's running statistics anew, as means over whole batches of images of a split, drawn with the seed.
+
+    As `torch.optim.swa_utils.update_bn`, but that other layers are as in evaluation. The workers share the batches out,
+    so that the statistics are the same at any number of workers, up to rounding; other buffers are averaged over them.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    pool = permutation(Stream.AVERAGE_STATISTICS, len(split), seed)[:images]
+    count = max(1, len(pool) // batch_size) if norms else 0
+
+    def batch(number: int) -> LocalBatch:
+        samples = pool[number * batch_size : (number + 1) * batch_size]
+        return LocalBatch(0, number, samples, np.arange(len(samples)), len(samples))
+
+    own = range(world.rank, count, world.size)
+    momenta = [norm.momentum for norm in norms]
+    with evaluating(model), torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.train().momentum = None  # which is the mean
+        for _, pixels, _ in _in_rounds(_read(loader, map(batch, own), world), -(-count // world.size), poll):
+            model(pixels)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        for statistics in (norm.running_mean, norm.running_var):
+            assert statistics is not None
+            statistics.mul_(len(own) * world.size / count)  # so that the mean over the workers is that over the batches
+    world.average_buffers(model)
 
 
 @dataclass(frozen=True)

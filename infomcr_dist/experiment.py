@@ -16,8 +16,18 @@ from infomcr_dist import models
 from infomcr_dist.config import Config
 from infomcr_dist.overhead_budget import OverheadBudget
 from infomcr_dist.world import World
-from pipelines import Dataset, LoaderConfig, LocalBatch, Sampler, Split, open_dataset
+from pipelines import (
+    Dataset,
+    Loader,
+    LoaderConfig,
+    LocalBatch,
+    Sampler,
+    Split,
+    open_dataset,
+    open_loader,
+)
 from pipelines.cores import available_cores
+from pipelines.mixing import MixedLoader, Mixing
 from pipelines.random_streams import Stream, generator, permutation
 
 DEMO_DATA = Path("data") / "fashion-mnist"
@@ -78,6 +88,21 @@ class Experiment:
             augmentation=data.augmentation,
             color_jitter=data.color_jitter,
         )
+
+    def open_train_loader(self, world: World) -> Loader:
+        """The training split, augmented and mixed, for the steps; ValueError if it cannot be opened."""
+        data, loader = self.config.data, open_loader(self.splits["train"], self.train_loader_config(world))
+        if not (data.mixes or data.random_erasing):
+            return loader
+        mixing = Mixing(
+            mixup=data.mixup,
+            cutmix=data.cutmix,
+            erasing=data.random_erasing,
+            seed=self.config.seed,
+            classes=len(self.dataset.classes),
+            unit=self.sampler.unit,
+        )
+        return MixedLoader(loader, mixing)
 
     def eval_loader_config(self, world: World, batch_size: int) -> LoaderConfig:
         """Of a split as it is, for evaluation and metric."""
@@ -188,7 +213,9 @@ def plan_steps(config: Config, split: Split, workers: int) -> tuple[Sampler, int
         )
 
     if regularizer.when == "never":
-        return sampler(1), None
+        if data.mixes and global_batch % 2:
+            raise ValueError(f"data.mixup and data.cutmix need an even global batch, got {global_batch} images")
+        return sampler(2 if data.mixes else 1), None
     size = regularizer.sub_batch_size
     if size is None:
         assert regularizer.sub_batches is not None
@@ -201,6 +228,11 @@ def plan_steps(config: Config, split: Split, workers: int) -> tuple[Sampler, int
     elif global_batch % size:
         raise ValueError(
             f"regularizer.sub_batch_size must divide the global batch, got {size} and {global_batch} images"
+        )
+    if data.mixes and size % 2:
+        raise ValueError(
+            f"data.mixup and data.cutmix mix the images of a pair, which is to be within a sub-batch: regularizer."
+            f"sub_batch_size must be even, got {size}"
         )
     most = -(-(global_batch // size) // workers)
     if regularizer.num_sampled is not None and regularizer.num_sampled > most:

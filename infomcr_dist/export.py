@@ -132,7 +132,7 @@ def main(arguments: list[str]) -> int:
 def _main(paths: list[str], overrides: list[str]) -> int:
     settings = load(ExportSettings, None, overrides)
     set_ieee_float32()
-    trained = load_trained(Path(paths[0]), settings.model, torch.device("cpu"))
+    trained = load_trained(Path(paths[0]), settings.model, torch.device("cpu"), settings.weights)
     try:
         contents = {"safetensors": to_safetensors(trained), "onnx": to_onnx(trained)}
     except ModuleNotFoundError as error:

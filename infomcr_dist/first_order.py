@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
+from infomcr_dist.checks import Method, Scheme
 from infomcr_dist.functional import Criterion, mean_loss, trainable_parameters
+from infomcr_dist.methods import displacement, needs_size, norm
 from infomcr_dist.replica import replica
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -36,11 +38,12 @@ class Penalty(NamedTuple):
 
     alpha: float
     rho: float | None
-    """Relative length of the finite difference's step; None: it is alpha."""
+    """As in `Scheme`"""
     sub_batches: int
     """M"""
     num_penalized: int
     """k"""
+    method: Method = "infomcr"
 
 
 class FirstOrder:
@@ -169,7 +172,8 @@ class FirstOrder:
         count, penalized = penalty.sub_batches, penalty.num_penalized
         size = len(labels) // count
         parts = list(zip(images.split(size), labels.split(size), strict=True))[:penalized]
-        length = _norm(weights)
+        scheme = Scheme("finite_difference", penalty.alpha, penalty.rho, penalty.method)
+        length = norm(weights) if needs_size(scheme) else None
         main = torch.cuda.current_stream() if self._streams else None
         losses, penalties, statistics = [], [], [self._statistics() for _ in parts]
         rest = None
@@ -186,18 +190,17 @@ class FirstOrder:
                     for flat in total:
                         flat.zero_()
                 loss, g = self._pass(low, *part, statistics[i])
-                # A gradient of zeros moves nothing, however far.
-                step: Tensor | float = penalty.alpha
-                if penalty.rho is not None:
-                    step = penalty.rho * length / _norm(g).clamp_min(torch.finfo(torch.float32).tiny ** 0.5)
-                moved = tuple(self._shift(w, one, step, one.dtype) for w, one in zip(weights, g, strict=True))
+                where = displacement(scheme, list(weights), list(g), length)
+                moved = tuple(
+                    self._shift(w, d, where.length, one.dtype)
+                    for w, d, one in zip(weights, where.direction, low, strict=True)
+                )
                 moved_loss, h = self._pass(moved, *part, None)
-                scale = penalty.alpha / step
-                weight = loss_scale / penalized * scale * beta
+                weight = loss_scale / penalized * where.scale * beta
                 for flat, one, other in zip(total, g, h, strict=True):
                     self._accumulate(flat, one, other, loss_scale / count, weight)
                 losses.append(loss)
-                penalties.append(scale * (loss - moved_loss))
+                penalties.append(where.scale * (loss - moved_loss))
         if rest is not None:
             loss, g = self._pass(low, *rest, statistics[-1])
             losses.append(loss * (count - penalized))
@@ -331,11 +334,6 @@ def _add(total: Vector, g: Vector, factor: float) -> None:
     """total += factor * g"""
     for flat, one in zip(total, g, strict=True):
         flat.add_(one, alpha=factor)
-
-
-def _norm(vector: Vector) -> Tensor:
-    parts = [torch.linalg.vector_norm(flat, dtype=torch.float32) for flat in vector]
-    return torch.stack(parts).square().sum().sqrt()
 
 
 class _Group:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,7 @@ class Graphs:
             order = torch.cat([drawn[: penalty.num_penalized], drawn[penalty.num_penalized :].sort().values])
             order = order.pin_memory().to(images.device, non_blocking=True) if images.is_cuda else order
         self._beta.fill_(beta)
-        key = (images.shape, images.stride(), images.dtype, penalty, loss_scale)
+        key = (images.shape, images.stride(), images.dtype, labels.shape, labels.dtype, penalty, loss_scale)
         first = key not in self._kinds
         kind = self._kinds.get(key)
         self._current = kind
@@ -111,13 +112,17 @@ class Graphs:
         self._rate.fill_(self._optimizer.param_groups[0]["lr"])
         if kind.update is None:
             kind.update = torch.cuda.CUDAGraph()
-            rates = [group["lr"] for group in self._optimizer.param_groups]
-            for group in self._optimizer.param_groups:
-                group["lr"] = self._rate
+            groups = self._optimizer.param_groups
+            before: list[dict[str, Any]] = [
+                {name: group[name] for name in ("lr", "capturable") if name in group} for group in groups
+            ]
+            for group, names in zip(groups, before, strict=True):
+                # Adam keeps its count of steps on the device anyway, where it is fused.
+                group.update({name: self._rate if name == "lr" else True for name in names})
             with torch.cuda.graph(kind.update, pool=self._pool, capture_error_mode="thread_local"):
                 kind.outcome = self._update()
-            for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+            for group, names in zip(groups, before, strict=True):
+                group.update(names)
         kind.update.replay()
         assert kind.outcome is not None
         return kind.outcome

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from infomcr_dist.checks import (
     RELATIVE_STEP,
     Derivative,
+    Method,
     Scheme,
     Step,
     autocast_type,
@@ -66,8 +67,14 @@ def resolve_scheme(
     criterion: Criterion,
     params: Params,
     batch: Batch,
+    method: Method = "infomcr",
+    rho: float | None = None,
 ) -> Scheme:
     """The derivative and the step to take, after a look at the network the first time; see `inspect`."""
+    if method != "infomcr":
+        check_derivative(alpha, "finite_difference" if derivative == "auto" else derivative, "auto", params, model)
+        inspect(model, criterion, params, batch)
+        return Scheme("finite_difference", alpha, rho, method)
     few_bits, autocast = low_precision(params), autocast_type(params)
     if step == "auto":  # under autocast a step of length alpha drowns in rounding
         rounds = autocast == torch.bfloat16 and not few_bits and len(devices(params)) == 1

@@ -70,7 +70,7 @@ class Measurement:
 def measure(path: Path, settings: MeasureSettings, world: World) -> Measurement:
     """All metrics of a checkpoint. Raises `UserError` on every worker if it or its data cannot be read by one."""
     with world.synchronize_errors():
-        trained = load_trained(path, settings.model, world.device)
+        trained = load_trained(path, settings.model, world.device, settings.weights)
         path, config, model = trained.path, trained.config, trained.model
         dataset = open_dataset(settings.data) if settings.data else open_data(config.data.path)
         if dataset.classes != trained.classes:
@@ -120,8 +120,9 @@ def penalty_share(
 ) -> Estimate | None:
     """How large the penalty's part of a step is at these weights: β‖(1/M) Σ (g_i − h_i)‖ / ‖(1/M) Σ g_i‖.
 
-    Over random batches of training images as they are, of M = 8 sub-batches (fewer where the images are), with α, β and
-    the size of a sub-batch of the run's settings, whether it was regularized or not, and BatchNorm as in training.
+    Over random batches of training images as they are, of M = 8 sub-batches (fewer where the images are), with the
+    method, its strength and the size of a sub-batch of the run's settings, whether it was regularized or not, and
+    BatchNorm as in training.
     """
     settings, half = config.regularizer, config.precision == "bf16"
     size = settings.sub_batch_size
@@ -143,10 +144,13 @@ def penalty_share(
         torch.manual_seed(torch_seed(Stream.PENALTY_SHARE, seed, trial))  # of dropout
         sub_batches = list(zip(images.split(size), labels.split(size), strict=True))
         with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
-            derivative: Derivative = "exact" if half else "finite_difference"
-            result = sub_batch_penalty(loss_fn, params, sub_batches, settings.alpha, derivative)
+            exact = half and settings.method == "infomcr"
+            derivative: Derivative = "exact" if exact else "finite_difference"
+            result = sub_batch_penalty(
+                loss_fn, params, sub_batches, settings.alpha, derivative, method=settings.method, rho=settings.radius
+            )
         penalty, loss = (float(dot(g, g).sqrt()) for g in (result.penalty_gradient, result.loss_gradient))
-        own.append(settings.beta * penalty / loss if loss else math.nan)
+        own.append(settings.weight * penalty / loss if loss else math.nan)
     model.train(training)
     by_rank = world.gather(own)
     return estimate([by_rank[trial % world.size][trial // world.size] for trial in range(_PENALTY_BATCHES)])

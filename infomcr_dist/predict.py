@@ -88,7 +88,8 @@ def _main(paths: list[str], overrides: list[str]) -> int:
     set_ieee_float32()
     torch.set_num_threads(compute_threads(settings.threads, 1))
     world = SingleProcess()
-    rows = predict(load_trained(Path(paths[0]), settings.model, world.device), [Path(p) for p in paths[1:]], world)
+    trained = load_trained(Path(paths[0]), settings.model, world.device, settings.weights)
+    rows = predict(trained, [Path(p) for p in paths[1:]], world)
     if settings.csv is None:
         for name, best in rows:
             print(f"{name}: {', '.join(f'{label} {probability:.1%}' for label, probability in best)}", flush=True)

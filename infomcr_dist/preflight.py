@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from infomcr_dist.checks import Derivative, Step, devices
+from infomcr_dist.checks import Derivative, Method, Step, devices
 from infomcr_dist.config import Config
 from infomcr_dist.estimators import Estimator
 from infomcr_dist.functional import Criterion, functional_loss, trainable_parameters
@@ -35,6 +35,8 @@ def check_model(
     num_sampled: int | None = None,
     derivative: Derivative | Literal["auto"] = "auto",
     step: Step = "auto",
+    method: Method = "infomcr",
+    rho: float | None = None,
     penalty: bool = True,
     metric: bool = True,
     metric_criterion: Criterion = F.cross_entropy,
@@ -85,6 +87,8 @@ def check_model(
                     num_sampled=num_sampled,
                     derivative=derivative,
                     step=step,
+                    method=method,
+                    rho=rho,
                 )
         if metric:
             with _one_line("the Gram matrix of gamma_hat"):
@@ -126,12 +130,14 @@ def check_run(config: Config, classes: int, image_size: int, sub_batch_size: int
                     labels,
                     classes=classes,
                     alpha=settings.alpha,
-                    beta=settings.beta,
+                    beta=settings.weight,
                     sub_batch_size=size,
                     estimator=settings.estimator,
                     num_sampled=1 if settings.estimator == "sampled" else None,
                     derivative=settings.derivative,
                     step=settings.step,
+                    method=settings.method,
+                    rho=settings.radius,
                     penalty=size is not None,
                     metric=metric,
                 )

@@ -80,9 +80,11 @@ class Durations:
 
 def regularizer_line(settings: RegularizerSettings, epoch: int, rate: float, sub_batches: int, size: int) -> str:
     """Announces the switch-on of the regularizer."""
+    infomcr = settings.method == "infomcr"
+    length = f"α {settings.alpha:g}" if infomcr else f"ρ {settings.rho:g}"
     return (
-        f"regularizer on in epoch {epoch}, at rate {rate:.3g}: {settings.estimator}, α {settings.alpha:g}, "
-        f"β {settings.beta:g}, {sub_batches} sub-batches of {size} images a worker"
+        f"regularizer on in epoch {epoch}, at rate {rate:.3g}: {'' if infomcr else f'{settings.method}, '}"
+        f"{settings.estimator}, {length}, β {settings.weight:g}, {sub_batches} sub-batches of {size} images a worker"
     )
 
 
@@ -112,6 +114,16 @@ def epoch_line(
         fraction = metric_time.spent / (time.perf_counter() - metric_time.began)
         line += f", γ̂ {plus_minus(gamma_hat)} (took {metric_time.last:.1f} s, {fraction:.1%} of the time so far)"
     return line
+
+
+def average_line(test: Errors | None, train: Errors | None, gamma_hat: Estimate | None) -> str:
+    """What the averaged weights reached."""
+    parts = [
+        f"{split} error {errors.top1_error_ratio:.2%}"
+        for split, errors in (("test", test), ("train", train))
+        if errors is not None
+    ]
+    return "averaged weights: " + ", ".join([*parts, *([] if gamma_hat is None else [f"γ̂ {plus_minus(gamma_hat)}"])])
 
 
 def summary(

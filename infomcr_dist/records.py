@@ -21,6 +21,7 @@ from infomcr_dist.checkpoint import write_atomically
 VERSION = 1
 FILE = "records.jsonl"
 Phase = Literal["plain", "regularized"]
+Weights = Literal["current", "averaged"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class StepRecord(Record):
     loss: float
     """L(B, w) of the global batch"""
     penalty: float | None
-    """R_α of the global batch (Jia & Su 2020, Eq. 7), before β"""
+    """R of the global batch (Jia & Su 2020, Eq. 7, or of another regularizer.method), before β"""
     beta: float | None
     """β of the schedule"""
     num_penalized: int | None
@@ -130,6 +131,8 @@ class EvaluationRecord(Record):
     top1_error_ratio: float
     top5_error_ratio: float
     samples: int
+    weights: Weights = "current"
+    """averaged: by the section averaging"""
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ class MetricRecord(Record):
     samples: int
     """Training images a trial (N')"""
     gamma_hat_singular_trials: int
+    weights: Weights = "current"
 
 
 @dataclass(frozen=True)
@@ -320,24 +324,24 @@ def of_kind(records: list[Record], kind: type[R]) -> list[R]:
     return [record for record in records if isinstance(record, kind)]
 
 
-def drop_after(path: Path, step: int, epoch_evaluated: bool) -> None:
-    """Drop the records of what a resumed run does again, if there is a file.
+def drop_after(path: Path, step: int, epoch_evaluated: bool) -> list[Record]:
+    """Drop the records of what a resumed run does again, if there is a file; returns them.
 
     Args:
         path: the file.
         step: the step the run resumes after.
         epoch_evaluated: whether what follows an epoch's last step (evaluation, metric) is done as well.
     """
+    kept: list[Record] = []
+    dropped: list[Record] = []
     if not path.exists():
-        return
-    kept = [
-        record
-        for record in read_records(path)
-        if record.step < step
-        or (record.step == step and (epoch_evaluated or not isinstance(record, _AFTER_THE_LAST_STEP)))
-    ]
+        return dropped
+    for record in read_records(path):
+        follows = record.step == step and isinstance(record, _AFTER_THE_LAST_STEP) and not epoch_evaluated
+        (dropped if record.step > step or follows else kept).append(record)
     text = _HEADER + "".join(_line(record) for record in kept)
     write_atomically(path, lambda file: file.write(text.encode()))
+    return dropped
 
 
 def finite(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The flat-minima regularizer of Jia & Su (ICML 2020, Sec. 6, Eq. 7 and Algorithm 1).
+"""The flat-minima regularizer of Jia & Su (ICML 2020, Sec. 6, Eq. 7 and Algorithm 1), and others of its form.
 
     L(B, w) + beta R(w),   R(w) = (1/M) sum_i [L(B_i, w) - L(B_i, w - alpha g_i)]
 
@@ -10,10 +10,12 @@ gradients of single images. Keep `sub_batch_size` rather than `sub_batches` when
 
 In low precision a step of length alpha drowns in rounding. A longer step epsilon_i = rho |w| / |g_i|, weighted
 alpha / epsilon_i, has the same limit. `python benchmarks/rho.py` prints its error by rho.
+
+SAM, ASAM and the penalty on the norm of the gradient differ in where h_i is taken: see `methods`.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,9 +23,11 @@ from torch import Tensor, nn
 
 from infomcr_dist.checks import (
     Derivative,
+    Method,
     Scheme,
     Step,
     check_derivative,
+    check_method,
     check_numbers,
     check_step,
     devices,
@@ -43,9 +47,17 @@ from infomcr_dist.functional import (
     moved,
     trainable_parameters,
 )
-from infomcr_dist.inspection import resolve_scheme, second_derivatives
+from infomcr_dist.inspection import resolve_scheme
+from infomcr_dist.methods import (
+    SubBatch,
+    differentiated_twice,
+    evaluate,
+    needs_size,
+    norm,
+    pass_precision,
+    same_draws,
+)
 from infomcr_dist.passes import Passes, hooks_once, repeatable, unwrapped
-from infomcr_dist.precision import full_precision, math_attention
 
 
 class SubBatchPenalty(NamedTuple):
@@ -71,6 +83,8 @@ def sub_batch_penalty(
     alpha: float,
     derivative: Derivative = "finite_difference",
     step: Step = "alpha",
+    method: Method = "infomcr",
+    rho: float | None = None,
 ) -> SubBatchPenalty:
     """Mean loss and penalty R of the sub-batches at `params`, and their gradients (Eq. 7). A pure function.
 
@@ -82,6 +96,8 @@ def sub_batch_penalty(
         derivative: "finite_difference" is the paper's g_i - h_i, computed outside autocast and with TF32 off, where it
             is noise. "exact" is its limit alpha H_i g_i, by a Hessian-vector product, with the penalty alpha |g_i|^2.
         step: As for `regularized_backward`; needs a `functional_loss` where it is "auto".
+        method: Likewise.
+        rho: Likewise.
 
     Returns:
         The loss, the penalty, and the gradient of each.
@@ -91,13 +107,15 @@ def sub_batch_penalty(
     """
     if not sub_batches:
         raise ValueError("sub_batches must hold at least one batch, got none")
+    check_method(method, rho, derivative, step, params)
     check_derivative(alpha, derivative, step, params)
     if isinstance(loss_fn, FunctionalLoss):
-        scheme = resolve_scheme(derivative, alpha, step, loss_fn.model, loss_fn.criterion, params, sub_batches[0])
+        model, criterion = loss_fn.model, loss_fn.criterion
+        scheme = resolve_scheme(derivative, alpha, step, model, criterion, params, sub_batches[0], method, rho)
     else:
-        scheme = Scheme(derivative, alpha, None if isinstance(step, str) else float(step))
+        scheme = Scheme(derivative, alpha, rho if isinstance(step, str) else float(step), method)
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
-    size = _norm(leaves) if scheme.rho else None
+    size = norm(leaves.values()) if needs_size(scheme) else None
     losses: list[Tensor] = []
     penalties: list[Tensor] = []
     loss_gradient: Params = {}
@@ -108,11 +126,11 @@ def sub_batch_penalty(
         def perturbed(g: Params, length: float | Tensor, batch: Batch = batch) -> Tensor:
             return loss_fn(moved(leaves, g, length), batch)
 
-        with _precision(scheme, leaves):
-            with _repeated(derivative, leaves):
+        with pass_precision(scheme, leaves):
+            with same_draws(derivative, leaves):
                 loss = loss_fn(leaves, batch)
-            sub = _evaluate(loss, perturbed, leaves, scheme, size, nullcontext())
-            with _exact(derivative):
+            sub = evaluate(loss, perturbed, leaves, scheme, size, nullcontext())
+            with differentiated_twice(derivative):
                 add_scaled(penalty_gradient, gradient(sub.surrogate, leaves), scale * sub.scale)
             if derivative == "finite_difference":
                 add_scaled(penalty_gradient, sub.gradient, scale * sub.scale)
@@ -155,14 +173,16 @@ def regularized_backward(
     images: Tensor,
     labels: Tensor,
     *,
-    alpha: float,
-    beta: float,
+    alpha: float = 1e-4,
+    beta: float = 1.0,
     sub_batches: int | None = None,
     sub_batch_size: int | None = None,
     estimator: Estimator = "fused",
     num_sampled: int | None = None,
     derivative: Derivative | Literal["auto"] = "auto",
     step: Step = "auto",
+    method: Method = "infomcr",
+    rho: float | None = None,
     loss_scale: float = 1.0,
     max_batch_size: int | None = None,
 ) -> Losses:
@@ -182,8 +202,8 @@ def regularized_backward(
         criterion: `criterion(logits, labels)`, a mean over its batch.
         images: (B, ...), the local batch.
         labels: (B, ...).
-        alpha: Length of the step w - alpha g_i; 1e-4 in the paper.
-        beta: Weight of the penalty R.
+        alpha: For "infomcr": length of the step w - alpha g_i; 1e-4 in the paper.
+        beta: Weight of the penalty R; 1 to 100 in the paper. 1 is SAM and ASAM; for "gradient_norm" it is from 0 to 1.
         sub_batches: M, the number of equal contiguous sub-batches; give this or `sub_batch_size`.
         sub_batch_size: Images in a sub-batch, B / M.
         estimator: How L and R are estimated.
@@ -203,6 +223,12 @@ def regularized_backward(
             A number rho: epsilon_i = rho |w| / |g_i|, weighted alpha / epsilon_i; its passes run under the caller's
             autocast.
             "auto": 3e-3 under autocast to bfloat16, else "alpha". Not for derivative="exact".
+        method: What R compares the loss at w with; the table of `infomcr_dist.methods` has them all. All but "infomcr"
+            take passes under the caller's autocast, and no `estimator="reference"`, `derivative="exact"` or `step`.
+            "infomcr": the loss after a step along -g_i: the paper's.
+            "sam": that at the distance rho along g_i; "asam": with the distance in each weight scaled by its size;
+            "gradient_norm": as "sam", R being about rho |g_i|.
+        rho: The radius of "sam", "asam" and "gradient_norm".
         loss_scale: Factor of the whole gradient.
         max_batch_size: Images that pass through the network at once where no sub-batch does: the sampled estimator's
             other sub-batches, the reference's whole batch. More are taken in pieces, whose gradients add up.
@@ -217,11 +243,12 @@ def regularized_backward(
     params = trainable_parameters(inner)
     check_step(model, criterion, images, labels, params)
     check_numbers(max_batch_size, beta=beta, loss_scale=loss_scale)
+    check_method(method, rho, derivative, step, params, estimator)
     count = sub_batch_count(len(images), sub_batches, sub_batch_size)
     split = split_batch(images, labels, criterion, count, estimator, num_sampled)
-    scheme = resolve_scheme(derivative, alpha, step, inner, criterion, params, split.penalized[0])
+    scheme = resolve_scheme(derivative, alpha, step, inner, criterion, params, split.penalized[0], method, rho)
     resolved = scheme.derivative
-    size = _norm(params) if scheme.rho else None
+    size = norm(params.values()) if needs_size(scheme) else None
 
     passes = Passes(model, criterion, params)
     # The whole-batch loss of "reference" moves the state of the model; its sub-batches do not.
@@ -234,7 +261,7 @@ def regularized_backward(
         for i, (batch, relative) in enumerate(zip(split.penalized, split.relative, strict=True)):
             last = split.rest is None and i == len(split.penalized) - 1
             penalty_weight = beta / len(split.penalized) * relative
-            with _precision(scheme, params):
+            with pass_precision(scheme, params):
                 sub = _sub_batch(passes, batch, scheme, size, fraction, total if last else None)
                 loss = loss + _weighted(split.loss_weight * relative, sub.loss)
                 penalty = penalty + _weighted(relative / len(split.penalized), sub.penalty)
@@ -243,7 +270,7 @@ def regularized_backward(
                 add_scaled(total, sub.gradient, loss_scale * known)
                 objective, at = loss_scale * penalty_weight * sub.surrogate, sub.at
                 del sub  # frees g_i before the backward pass
-                with _exact(resolved), settled():
+                with differentiated_twice(resolved), settled():
                     if last:
                         _accumulate(params, release(total))
                         objective.backward()
@@ -325,20 +352,6 @@ def _plain(
     return loss
 
 
-class _SubBatch(NamedTuple):
-    """One sub-batch at w. The gradient of its penalty is that of `surrogate` (exact), or `scale` times the sum of g_i
-    and that of `surrogate` (finite difference)."""
-
-    loss: Tensor
-    penalty: Tensor
-    gradient: Params
-    surrogate: Tensor
-    at: Params
-    """Where to differentiate `surrogate`."""
-    scale: float | Tensor = 1.0
-    """alpha / epsilon_i."""
-
-
 def _sub_batch(
     passes: Passes,
     batch: Batch,
@@ -346,7 +359,7 @@ def _sub_batch(
     size: Tensor | None,
     fraction: float | None,
     total: Params | None,
-) -> _SubBatch:
+) -> SubBatch:
     """A sub-batch of a step: the pass at w moves the state of the model over a `fraction` of the batch, unless None;
     the pass at w - epsilon_i g_i starts from the same state, and moves none. `size` is |w|. `total`: see `Passes`, for
     the last pass."""
@@ -354,7 +367,7 @@ def _sub_batch(
     # The state and the weights from here on, before the pass at w.
     shifted = {} if exact else _copies(passes.params, attached=total is not None)
     network = None if exact else passes.network(shifted)
-    with _repeated(scheme.derivative, passes.params):
+    with same_draws(scheme.derivative, passes.params):
         if fraction is None:
             loss = passes.pure(passes.network({}), batch, None)
         else:
@@ -369,7 +382,7 @@ def _sub_batch(
         return passes.pure(network, batch, None if total is None else total | g)
 
     settled = nullcontext if fraction is None else passes.settled
-    sub = _evaluate(loss, perturbed, passes.params, scheme, size, settled())
+    sub = evaluate(loss, perturbed, passes.params, scheme, size, settled())
     return sub if exact or total is not None else sub._replace(at=shifted)
 
 
@@ -378,62 +391,6 @@ def _copies(params: Params, attached: bool) -> Params:
     if attached:
         return {name: parameter.clone() for name, parameter in params.items()}
     return {name: parameter.detach().clone().requires_grad_() for name, parameter in params.items()}
-
-
-def _evaluate(
-    loss: Tensor,
-    perturbed: Callable[[Params, float | Tensor], Tensor],
-    params: Params,
-    scheme: Scheme,
-    size: Tensor | None,
-    settled: AbstractContextManager[None],
-) -> _SubBatch:
-    """`loss` at w; `perturbed(g, epsilon)` is the loss at w - epsilon g; both see the same dropout mask. `settled` is
-    for the backward pass of `loss`."""
-    alpha = scheme.alpha
-    if scheme.derivative == "exact":
-        with _exact(scheme.derivative), settled:
-            g = gradient(loss, params, create_graph=True)
-        constant = {name: tensor.detach() for name, tensor in g.items()}
-        penalty = alpha * dot(constant, g)
-        # 0 * loss: the hook of every parameter fires, even of one that g_i does not depend on.
-        return _SubBatch(loss.detach(), penalty.detach(), constant, penalty + 0.0 * loss, params)
-    with settled:
-        g = gradient(loss, params)
-    if size is None:
-        moved_loss = perturbed(g, alpha)
-        return _SubBatch(loss.detach(), (loss - moved_loss).detach(), g, -moved_loss, params)
-    assert scheme.rho is not None
-    # A gradient of zeros moves nothing, however far.
-    length = scheme.rho * size / _norm(g).clamp_min(torch.finfo(size.dtype).tiny ** 0.5)
-    kind = size.device.type
-    # Autocast would keep its copies of all moved weights.
-    with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
-        moved_loss = perturbed(g, length)
-    scale = alpha / length
-    return _SubBatch(loss.detach(), scale * (loss - moved_loss).detach(), g, -moved_loss, params, scale)
-
-
-def _norm(params: Params) -> Tensor:
-    """|params|, a scalar."""
-    norms = torch._foreach_norm([tensor.detach() for tensor in params.values()])
-    return torch.stack(norms).square().sum().sqrt()
-
-
-def _precision(scheme: Scheme, params: Params) -> AbstractContextManager[None]:
-    """What the passes compute in; a longer step leaves it to the caller."""
-    if scheme.derivative == "exact":
-        return math_attention()
-    return full_precision(devices(params)[0]) if scheme.rho is None else nullcontext()
-
-
-def _repeated(derivative: Derivative, params: Params) -> AbstractContextManager[None]:
-    return repeatable(devices(params)) if derivative == "finite_difference" else nullcontext()
-
-
-def _exact(derivative: Derivative) -> AbstractContextManager[None]:
-    what = "derivative='exact' (the other is 'finite_difference', in float32)"
-    return second_derivatives(what) if derivative == "exact" else nullcontext()
 
 
 def _accumulate(params: Params, total: Params) -> None:

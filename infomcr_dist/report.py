@@ -105,6 +105,8 @@ class RunRecords:
         Returns:
             Epochs and values; of steps, medians of neighbourhoods, placed within their epochs.
         """
+        if kind in (EvaluationRecord, MetricRecord):
+            match = {"weights": "current"} | match
         found = [(r, getattr(r, field)) for r in self.of(kind) if all(getattr(r, k) == v for k, v in match.items())]
         found = [(r, value) for r, value in found if value is not None and math.isfinite(value)]
         values = [value for _, value in found]
@@ -255,7 +257,9 @@ def page(runs: list[RunRecords], figure: Figure) -> str:
     picture = io.StringIO()
     figure.savefig(picture, format="svg")
     svg = picture.getvalue()
-    final = _table(runs, [(name, [value(run) for run in runs]) for name, value in FINAL])
+    averaged = any(r.weights == "averaged" for run in runs for r in run.of(EvaluationRecord))
+    rows = [*FINAL, *(AVERAGED if averaged else [])]
+    final = _table(runs, [(name, [value(run) for run in runs]) for name, value in rows])
     keys = sorted({key for run in runs for key in run.settings} - {"run_dir", "resume"})
     different = [(k, [str(run.settings.get(k)) for run in runs]) for k in keys]
     different = [(k, values) for k, values in different if len(set(values)) > 1]
@@ -315,7 +319,7 @@ def _overhead(run: RunRecords) -> str:
 
 
 def _gap(run: RunRecords) -> str:
-    last = {r.split: r.top1_error_ratio for r in run.of(EvaluationRecord)}
+    last = {r.split: r.top1_error_ratio for r in run.of(EvaluationRecord) if r.weights == "current"}
     return f"{last['test'] - last['train']:+.2%}" if len(last) == 2 else "–"
 
 
@@ -332,6 +336,14 @@ FINAL: list[tuple[str, Callable[[RunRecords], str]]] = [
     ("regularized / plain", _overhead),
 ]
 """Rows of the page's table of results."""
+AVERAGED: list[tuple[str, Callable[[RunRecords], str]]] = [
+    (
+        "test top-1 error, averaged",
+        _last(EvaluationRecord, "top1_error_ratio", ".2%", split="test", weights="averaged"),
+    ),
+    ("γ̂, averaged", _last(MetricRecord, "gamma_hat", ".1f", weights="averaged")),
+]
+"""Further rows where a run has averaged weights."""
 
 
 def _plot(axes: Axes, curve: Curve, run: RunRecords, color: str | None) -> None:

@@ -15,11 +15,14 @@ import torch
 from torch import nn
 
 from infomcr_dist import checkpoint, records
+from infomcr_dist.averaging import AveragedWeights
 from infomcr_dist.config import Config
 from infomcr_dist.experiment import Experiment, compute_threads, open_experiment, prepare_demo_data
 from infomcr_dist.initial_weights import load_initial_weights
+from infomcr_dist.optimizers import build_optimizer
 from infomcr_dist.overhead_budget import OverheadBudget
 from infomcr_dist.preflight import check_run
+from infomcr_dist.profiler import StepProfiler
 from infomcr_dist.records import CheckpointRecord, OverheadBudgetRecord, Phase
 from infomcr_dist.run_lock import lock_run
 from infomcr_dist.schedules import LearningRate, PenaltyWeight
@@ -32,11 +35,11 @@ from infomcr_dist.state import (
     newest_committed,
     save,
 )
-from infomcr_dist.step import PenaltySettings, build_optimizer, penalty_settings
+from infomcr_dist.step import PenaltySettings, penalty_settings
 from infomcr_dist.telemetry import Telemetry
 from infomcr_dist.world import Finished, World
 from pipelines import Loader, open_loader
-from pipelines.options import to_yaml
+from pipelines.options import flat, to_dict, to_yaml
 
 _SLOW_SECONDS = 5.0
 """After so long a wait for a checkpoint is reported, then after twice as long, and so on"""
@@ -53,6 +56,7 @@ class Run:
     state: TrainState
     checkpoints: checkpoint.Writer
     telemetry: Telemetry
+    profiler: StepProfiler
     train_loader: Loader
     """The training split, augmented, for the steps"""
     train_eval_loader: Loader
@@ -166,10 +170,11 @@ def _prepare_run(config: Config, recipe: Path, world: World, committed: Committe
             classes, size = len(experiment.dataset.classes), experiment.sub_batch_size
             check_run(config, classes, experiment.image_size, size, world.device)
         model = experiment.build_model().to(world.device)
+        optimizer = build_optimizer(config.optimizer, model)
         evaluated = config.evaluation.batch_size
         train, test = experiment.splits["train"], experiment.splits["test"]
         largest = max(evaluated, config.metric.samples)
-        train_loader = open_loader(train, experiment.train_loader_config(world))
+        train_loader = experiment.open_train_loader(world)
         train_eval_loader = open_loader(train, experiment.eval_loader_config(world, largest))
         test_loader = open_loader(test, experiment.eval_loader_config(world, evaluated))
         for loader in (train_loader, train_eval_loader, test_loader):
@@ -196,7 +201,7 @@ def _prepare_run(config: Config, recipe: Path, world: World, committed: Committe
         with world.synchronize_errors():
             if world.rank == 0:  # which sends its weights to the others
                 taken_over = load_initial_weights(Path(config.init_from), model, experiment)
-    state = _initial_state(experiment, model, world)
+    state = _initial_state(experiment, model, optimizer, world)
     if saved is not None:
         state.restore(saved, directory, world)
     if state.overhead_budget is not None:
@@ -213,9 +218,13 @@ def _prepare_run(config: Config, recipe: Path, world: World, committed: Committe
             checkpoint.write_atomically(directory / "config.yaml", lambda file: file.write(to_yaml(config).encode()))
         steps = experiment.sampler.steps
         evaluated_epoch = state.step == state.epoch * steps
-        telemetry.begin(directory / records.FILE, steps * config.epochs, state.step, evaluated_epoch)
+        settings = flat(to_dict(config))
+        telemetry.begin(directory / records.FILE, steps * config.epochs, state.step, evaluated_epoch, settings)
         if taken_over is not None:
             telemetry.message(taken_over)
+    profiled = config.profile.steps if world.rank == 0 else None
+    profiler = StepProfiler(profiled, directory, world.device, telemetry.message)
+    resources.callback(profiler.close)
     return Run(
         config=config,
         world=world,
@@ -224,6 +233,7 @@ def _prepare_run(config: Config, recipe: Path, world: World, committed: Committe
         state=state,
         checkpoints=writer,
         telemetry=telemetry,
+        profiler=profiler,
         train_loader=train_loader,
         train_eval_loader=train_eval_loader,
         test_loader=test_loader,
@@ -247,18 +257,22 @@ def _open_telemetry(config: Config, recipe: Path, world: World) -> Telemetry:
     )
 
 
-def _initial_state(experiment: Experiment, model: nn.Module, world: World) -> TrainState:
+def _initial_state(
+    experiment: Experiment, model: nn.Module, optimizer: torch.optim.Optimizer, world: World
+) -> TrainState:
     config, sampler = experiment.config, experiment.sampler
     scale = sampler.global_batch / (config.optimizer.reference_batch_size or sampler.global_batch)
     peak = config.optimizer.learning_rate * scale
     budget = None
     if config.regularizer.overhead_budget is not None and experiment.sub_batch_size is not None:
         budget = OverheadBudget(config.regularizer.overhead_budget, experiment.num_sub_batches, config.seed)
-    model, optimizer = world.distribute(model, build_optimizer(config.optimizer, model))
+    average = None if config.averaging.kind == "none" else AveragedWeights(model, config.averaging)
+    model, optimizer = world.distribute(model, optimizer)
     return TrainState(
         model=model,
         optimizer=optimizer,
         learning_rate=LearningRate(config.schedule, peak, config.epochs, sampler.steps),
         penalty_weight=PenaltyWeight(config.regularizer, config.schedule.warmup_epochs),
         overhead_budget=budget,
+        average=average,
     )

@@ -99,13 +99,13 @@ class PenaltyWeight:
             return None
         s = self.settings
         if progress - self.on_since >= s.ramp_epochs:
-            return s.beta
+            return s.weight
         done = (progress - self.on_since) / s.ramp_epochs
         if s.ramp == "cosine":
             done = 0.5 * (1 - math.cos(math.pi * done))
         elif s.ramp == "steps":
             done = (math.floor(done * s.ramp_steps) + 1) / (s.ramp_steps + 1)
-        return s.beta * done
+        return s.weight * done
 
     def _switches_on(self, progress: float, rate: float) -> bool:
         if self.settings.when == "after_drop":

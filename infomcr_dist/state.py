@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from infomcr_dist import checkpoint, records
+from infomcr_dist.averaging import AveragedWeights
 from infomcr_dist.config import Config
 from infomcr_dist.experiment import Experiment
 from infomcr_dist.overhead_budget import OverheadBudget
@@ -24,7 +25,7 @@ _MAY_CHANGE = frozenset(
     (
         *("epochs", "run_dir", "resume", "init_from", "allow_config_change", "threads", "max_nonfinite_steps"),
         *("compare_weights_steps", "shutdown_timeout_seconds", "hang_timeout_seconds", "pid_dir", "engine"),
-        *("evaluation", "metric", "checkpoint", "telemetry"),
+        *("evaluation", "metric", "checkpoint", "telemetry", "profile"),
     )
 )
 """Settings and sections that a resumed run may change: they do not alter the remaining steps, or only add to them."""
@@ -46,6 +47,7 @@ class TrainState:
     learning_rate: LearningRate
     penalty_weight: PenaltyWeight
     overhead_budget: OverheadBudget | None
+    average: AveragedWeights | None
     epoch: int = 0
     """Epochs completed"""
     step: int = 0
@@ -69,6 +71,7 @@ class TrainState:
             "learning_rate": checkpoint.copied(self.learning_rate.state_dict()),
             "penalty_weight": checkpoint.copied(self.penalty_weight.state_dict()),
             "overhead_budget": self.overhead_budget and checkpoint.copied(self.overhead_budget.state_dict()),
+            "average": self.average and checkpoint.copied(self.average.state_dict()),
         }
 
     def restore(self, saved: checkpoint.State, directory: Path, world: World) -> None:
@@ -80,6 +83,8 @@ class TrainState:
         self.penalty_weight.load_state_dict(saved["penalty_weight"])
         if self.overhead_budget is not None and saved["overhead_budget"] is not None:
             self.overhead_budget.load_state_dict(saved["overhead_budget"])
+        if self.average is not None and saved.get("average") is not None:
+            self.average.load_state_dict(saved["average"])
         self.epoch, self.step = saved["epoch"], saved["step"]
         self.epoch_loss, self.best_error = tuple(saved["epoch_loss"]), saved["best_error"]
         _restore_buffers(self.model, saved["by_rank"], world)

@@ -11,11 +11,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from infomcr_dist.checks import RELATIVE_STEP, Derivative, Step
-from infomcr_dist.config import OptimizerSettings, RegularizerSettings
+from infomcr_dist.checks import RELATIVE_STEP, Derivative, Method, Step
+from infomcr_dist.config import RegularizerSettings
 from infomcr_dist.estimators import Estimator
 from infomcr_dist.first_order import Penalty
-from infomcr_dist.functional import trainable_parameters
 from infomcr_dist.graphs import Graphs, update
 from infomcr_dist.regularizer import Losses, plain_backward, regularized_backward
 from infomcr_dist.world import World
@@ -32,13 +31,16 @@ class PenaltySettings:
     num_sampled: int | None = None
     derivative: Derivative | Literal["auto"] = "auto"
     step: Step = "auto"
+    method: Method = "infomcr"
+    rho: float | None = None
 
     def of(self, images: int, bf16: bool) -> Penalty:
         """The same for `FirstOrder`, of a batch of so many images."""
         step = (RELATIVE_STEP if bf16 else "alpha") if self.step == "auto" else self.step
         sub_batches = images // self.sub_batch_size
-        rho = None if step == "alpha" else float(step)
-        return Penalty(self.alpha, rho, sub_batches, self.num_sampled or sub_batches)
+        relative = None if step == "alpha" else float(step)
+        rho = relative if self.method == "infomcr" else self.rho
+        return Penalty(self.alpha, rho, sub_batches, self.num_sampled or sub_batches, self.method)
 
 
 class StepResult(NamedTuple):
@@ -47,7 +49,7 @@ class StepResult(NamedTuple):
     loss: float
     """L(B, w) of the global batch"""
     penalty: float
-    """R_α of the global batch"""
+    """R of the global batch"""
     gradient_norm: float
     finite: bool
     flags: list[float]
@@ -74,17 +76,18 @@ def train_step(
     flags: Sequence[float] = (),
     graphs: Graphs | None = None,
 ) -> StepResult:
-    """One update of L + βR_α (Jia & Su 2020, Algorithm 1), or of L where ``penalty`` is None.
+    """One update of L + βR (Jia & Su 2020, Algorithm 1; other penalties: `methods`), or of L where ``penalty`` is None.
 
     Where loss, penalty or gradient of any worker is not finite, all workers skip the update, and BatchNorm's running
     statistics stay as they were.
 
     Args:
         model: what `World.distribute` returned.
-        criterion: mean loss of logits (B, classes) and labels (B,).
+        criterion: mean loss of logits (B, classes) and labels.
         optimizer: likewise.
         world: the workers that take this step together.
-        batch: images (B, 3, H, W) float32 and labels (B,) int64 of this worker; B may be 0.
+        batch: images (B, 3, H, W) float32 of this worker, and labels (B,) int64 or as probabilities (B, classes); B may
+            be 0.
         loss_scale: this worker's fraction of the global batch times the number of workers, so that the mean over
             workers is the mean over images.
         penalty: how the step is regularized.
@@ -171,24 +174,6 @@ class _Clock:
         return [second - first for first, second in pairwise(self._marks)]
 
 
-def build_optimizer(settings: OptimizerSettings, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a network's trainable parameters, those without weight decay in a group of their own."""
-    trained = list(trainable_parameters(model).values())
-    undecayed = [] if settings.decay_norm_and_bias else [p for p in trained if p.ndim <= 1]
-    decayed = [p for p in trained if settings.decay_norm_and_bias or p.ndim > 1]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
-    on_gpu = next(model.parameters()).is_cuda
-    return torch.optim.SGD(
-        [group for group in groups if group["params"]],
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        nesterov=settings.nesterov,
-        weight_decay=settings.weight_decay,
-        # One call for all parameters; on CPUs it is the same to the bit, in two thirds of the time.
-        **({"fused": True} if on_gpu else {"foreach": True}),
-    )
-
-
 def penalty_settings(
     settings: RegularizerSettings, sub_batch_size: int, beta: float, num_penalized: int
 ) -> PenaltySettings:
@@ -201,4 +186,6 @@ def penalty_settings(
         num_sampled=num_penalized if settings.estimator == "sampled" else None,
         derivative=settings.derivative,
         step=settings.step,
+        method=settings.method,
+        rho=settings.radius,
     )

@@ -1,4 +1,4 @@
-"""Where records go: the console and the records' file of rank 0, and every rank's Prometheus endpoint.
+"""Where records go: rank 0's console, file and logger, and every rank's Prometheus endpoint.
 
 A record's field with the name of a metric sets that metric: a step's ``data_wait_seconds`` is observed by the
 histogram ``infomcr_data_wait_seconds``.
@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, push
 
 from infomcr_dist.config import TelemetrySettings
 from infomcr_dist.endpoint import Endpoint
+from infomcr_dist.logger import Logger, check_installed
 from infomcr_dist.progress import Progress
 from infomcr_dist.records import (
     CheckpointRecord,
@@ -42,8 +43,8 @@ class Telemetry:
     """The sinks of a run's records.
 
     Args:
-        settings: the endpoint and the Pushgateway.
-        rank: rank 0 alone has a console, a file and a Pushgateway.
+        settings: the endpoint, the Pushgateway and the logger.
+        rank: rank 0 alone has a console, a file, a Pushgateway and a logger.
         local_rank: its endpoint's port is ``settings.port + local_rank``.
         world_size: workers of the run.
         device: of this rank; a GPU's memory is observed.
@@ -51,7 +52,7 @@ class Telemetry:
 
     Raises:
         InUse: the endpoint's port is taken.
-        ValueError: it cannot be used.
+        ValueError: it cannot be used, or the logger is not installed.
     """
 
     def __init__(
@@ -70,6 +71,9 @@ class Telemetry:
         self._progress = Progress()
         self._writer: RecordWriter | None = None
         self._endpoint: Endpoint | None = None
+        self._logger_name = settings.logger if rank == 0 else None
+        self._logger: Logger | None = None
+        check_installed(self._logger_name)
         self._run = ""
         if settings.port is None:
             return
@@ -85,19 +89,29 @@ class Telemetry:
                 "give another telemetry.port, or telemetry.port=null for no endpoint"
             ) from error
 
-    def begin(self, path: Path, total_steps: int, done_steps: int, epoch_evaluated: bool = False) -> None:
-        """Open rank 0's file and show the bar.
+    def begin(
+        self,
+        path: Path,
+        total_steps: int,
+        done_steps: int,
+        epoch_evaluated: bool = False,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        """Open rank 0's file and logger, and show the bar.
 
         Args:
             path: the file; records of what a resumed run does again are dropped from it.
             total_steps: of the whole run.
             done_steps: the step the run resumes after.
             epoch_evaluated: whether what follows an epoch's last step (evaluation, metric) is done as well.
+            settings: of the run, flat; the logger shows them.
         """
         self._run = path.parent.name
         self._prometheus.begin(total_steps, done_steps)
         if self._rank == 0:
-            drop_after(path, done_steps, epoch_evaluated)
+            logged = drop_after(path, done_steps, epoch_evaluated)
+            if self._logger_name is not None:
+                self._logger = Logger(self._logger_name, path.parent, settings or {}, logged)
             self._writer = RecordWriter(path)
             self._progress.begin(total_steps, done_steps)
 
@@ -106,6 +120,8 @@ class Telemetry:
         self._prometheus.log(record)
         if self._writer is not None:
             self._write(self._writer, record)
+        if self._logger is not None:
+            self._log(self._logger, record)
         if isinstance(record, StepRecord):
             self._progress.step(record)
 
@@ -113,9 +129,22 @@ class Telemetry:
         before = writer.dropped
         writer.log(record)
         if writer.dropped > before:
-            self._prometheus.count_dropped()
+            self._prometheus.count_dropped("records_dropped", 1)
             if before == 0:
                 self.message(f"records.jsonl cannot be written ({writer.error}): records are dropped until it can")
+
+    def _log(self, logger: Logger, record: Record | None) -> None:
+        """Log a record, or with None close the logger."""
+        dropped, reason = logger.dropped, logger.reason
+        if record is None:
+            logger.close()
+        else:
+            logger.log(record)
+        self._prometheus.count_dropped("logger_records_dropped", logger.dropped - dropped)
+        if logger.reason != reason:
+            self.message(
+                f"telemetry.logger={self._logger_name}: {logger.reason}: it lacks records until it can log them"
+            )
 
     def message(self, text: str) -> None:
         """Print lines above rank 0's bar."""
@@ -147,7 +176,12 @@ class Telemetry:
             failure.clear()
 
     def close(self) -> None:
-        """Close the file and free the port."""
+        """Close the file and the logger, and free the port."""
+        if self._logger is not None:
+            self._log(self._logger, None)
+            if self._logger.dropped:
+                lacks = f"{self._logger.dropped} records, which records.jsonl has"
+                self.message(f"telemetry.logger={self._logger_name} lacks {lacks}")
         self._progress.close()
         if self._writer is not None:
             self._writer.close()
@@ -170,6 +204,7 @@ _COUNTERS = {
     "nonfinite_steps": "Updates skipped for a loss or gradient that was not finite on some rank",
     "allreduce_bytes": "Bytes of gradients this rank gave to the allreduce",
     "records_dropped": "Records that could not be written to records.jsonl",
+    "logger_records_dropped": "Records that telemetry.logger did not take",
 }
 _LABELLED_COUNTERS = {
     "steps": ("Updates", "phase", ("plain", "regularized")),
@@ -192,6 +227,7 @@ _GAUGES = {
     "gamma_hat": "Metric gamma-hat, ln det xi (Eq. 6); at equal training loss, lower generalizes better",
     "gamma_hat_standard_error": "Standard error of gamma_hat over its trials",
     "gamma_hat_cost_seconds": "Time the last estimate of gamma_hat took",
+    "averaged_gamma_hat": "Metric gamma-hat of the averaged weights",
     "gamma_hat_age_seconds": "Time since the last estimate of gamma_hat",
     "gamma_hat_singular_trials": "Trials of the last estimate whose matrix was not positive definite",
     "fisher_trace": "Trace of the Fisher information, mean over the trials",
@@ -204,6 +240,8 @@ _GAUGES = {
 _ERRORS = {
     "top1_error_ratio": "Top-1 error of the last evaluation, 0 to 1",
     "top5_error_ratio": "Top-5 error of the last evaluation, 0 to 1",
+    "averaged_top1_error_ratio": "Top-1 error of the averaged weights in the last evaluation, 0 to 1",
+    "averaged_top5_error_ratio": "Top-5 error of the averaged weights in the last evaluation, 0 to 1",
 }
 
 
@@ -255,6 +293,9 @@ class _Prometheus:
             self._step(record)
         elif isinstance(record, MetricRecord):
             self._histograms["metric_duration_seconds"].observe(record.gamma_hat_cost_seconds)
+            if record.weights == "averaged":
+                self._gauge("averaged_gamma_hat").set(record.gamma_hat)
+                return
             measured = time.time()
             self._gauge("gamma_hat_age_seconds").set_function(lambda: time.time() - measured)
         elif isinstance(record, CheckpointRecord):
@@ -265,8 +306,9 @@ class _Prometheus:
             for reason, count in record.elastic_restarts.items():
                 self._labelled["elastic_restarts"].labels(reason).inc(count)
         elif isinstance(record, EvaluationRecord):
-            for name, gauge in self._errors.items():
-                gauge.labels(record.split).set(getattr(record, name))
+            prefix = "averaged_" if record.weights == "averaged" else ""
+            for name in ("top1_error_ratio", "top5_error_ratio"):
+                self._errors[prefix + name].labels(record.split).set(getattr(record, name))
             return  # its loss is not that of the last batch
         for name, value in vars(record).items():
             if value is None:
@@ -276,8 +318,8 @@ class _Prometheus:
             elif name in self._histograms:
                 self._histograms[name].observe(value)
 
-    def count_dropped(self) -> None:
-        self._counters["records_dropped"].inc()
+    def count_dropped(self, name: str, count: int) -> None:
+        self._counters[name].inc(count)
 
     def _step(self, record: StepRecord) -> None:
         self._duration.labels(record.phase).observe(record.step_duration_seconds)

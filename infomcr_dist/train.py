@@ -21,19 +21,17 @@ import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import nn
 
 from infomcr_dist import diagnostics
 from infomcr_dist.allocator import keep_freed_memory
+from infomcr_dist.assess import assess_average, evaluate_errors, measure_curvature
 from infomcr_dist.checkpoint import State
 from infomcr_dist.cli import TRAIN
 from infomcr_dist.config import Config
 from infomcr_dist.engines import run_in_world
-from infomcr_dist.evaluate import Curvature, Errors, Poll, estimate_curvature, evaluate
-from infomcr_dist.experiment import measured_images
 from infomcr_dist.first_order import FirstOrder
 from infomcr_dist.graphs import Graphs
 from infomcr_dist.precision import set_deterministic, set_ieee_float32
@@ -41,8 +39,6 @@ from infomcr_dist.progress import Durations, epoch_line, summary
 from infomcr_dist.records import (
     EndRecord,
     EpochRecord,
-    EvaluationRecord,
-    MetricRecord,
     Phase,
     RestartRecord,
     StepRecord,
@@ -89,12 +85,15 @@ def train(run: Run, stop: StopRequest) -> None:
         state.learning_rate.end_epoch(epoch, training_loss)
         world.average_buffers(state.model)
         diagnostics.compare_weights(run, buffers=True)
-        test = _errors(run, "test", poll) if test_due else None
-        train = _errors(run, "train", poll) if train_due else None
-        metric = _measure(run, metric_time, poll) if metric_due else None
+        if state.average is not None:
+            state.average.after("epoch", epoch, state.model)
+        test = evaluate_errors(run, "test", poll, state.model) if test_due else None
+        train = evaluate_errors(run, "train", poll, state.model) if train_due else None
+        metric = measure_curvature(run, metric_time, poll, state.model) if metric_due else None
         gamma_hat = metric.gamma_hat if metric is not None else None
         telemetry.log(EpochRecord(state.step, epoch + 1, epoch + 1, training_loss))
         telemetry.message(epoch_line(epoch + 1, config.epochs, training_loss, test, train, gamma_hat, metric_time))
+        assess_average(run, metric_time, poll, test_due, train_due, metric_due)
         best = False
         if due and test is not None and (state.best_error is None or test.top1_error_ratio < state.best_error):
             state.best_error, best = test.top1_error_ratio, True
@@ -145,6 +144,7 @@ def train_epoch(
         data_wait = time.perf_counter() - before
         skipped, data_errors = len(run.train_loader.skipped), len(run.train_loader.skipped) - skipped
         world.location = f"step {step + 1}"
+        run.profiler.begin_step(step)
         progress = epoch + batch.step / steps
         rate = state.learning_rate.at(progress)
         was_on = state.penalty_weight.on_since is not None
@@ -172,9 +172,12 @@ def train_epoch(
             graphs=graphs,
         )
         world.progress, world.patience = world.progress + 1, SLOW
+        run.profiler.end_step(step + 1)
         if result.finite:
             loss_sum += result.loss * batch.global_size
             images_seen += batch.global_size
+            if state.average is not None:
+                state.average.after("step", epoch, state.model)
         state.step, state.epoch_loss = step + 1, (loss_sum, images_seen)
         now = time.perf_counter()
         durations.add(phase, now - began)
@@ -242,6 +245,13 @@ def build_graphs(run: Run, criterion: nn.Module) -> Graphs | None:
     model.train()
     images = torch.zeros(2 * (run.experiment.sub_batch_size or 1), 3, size, size, device=device)
     labels = torch.zeros(len(images), dtype=torch.int64, device=device)
+    if config.data.mixes:
+        labels = nn.functional.one_hot(labels, len(run.experiment.dataset.classes)).float()
+    if device.type == "cuda" and not all(group.get("fused") for group in run.state.optimizer.param_groups):
+        run.telemetry.message(
+            f"steps {eagerly}: optimizer.kind={config.optimizer.kind} is not one of torch's fused ones"
+        )
+        return None
     try:
         passes = FirstOrder(
             model,
@@ -326,14 +336,6 @@ def _run_with_restarts(
         world.restart()
 
 
-def _errors(run: Run, split: Literal["train", "test"], poll: Poll) -> Errors:
-    loader = run.test_loader if split == "test" else run.train_eval_loader
-    batch_size, bf16 = run.config.evaluation.batch_size, run.config.precision == "bf16"
-    errors = evaluate(run.state.model, loader, run.experiment.splits[split], batch_size, run.world, poll, bf16=bf16)
-    run.telemetry.log(EvaluationRecord(run.state.step, run.state.epoch + 1, split, **vars(errors)))
-    return errors
-
-
 def _metric_due(run: Run, epoch: int, metric_time: TimeFraction, durations: Durations) -> bool:
     settings = run.config.metric
     if settings.trials == 0 or epoch + 1 == run.config.epochs:
@@ -344,30 +346,6 @@ def _metric_due(run: Run, epoch: int, metric_time: TimeFraction, durations: Dura
     images = settings.trials * settings.samples / run.experiment.sampler.global_batch
     guess = 2 * images * (durations.median("plain") or math.inf)
     return bool(run.world.broadcast(metric_time.allows(time.perf_counter(), guess)))
-
-
-def _measure(run: Run, metric_time: TimeFraction, poll: Poll) -> Curvature:
-    settings, before = run.config.metric, time.perf_counter()
-    split = measured_images(run.config, run.experiment.splits["train"])
-    result = estimate_curvature(
-        run.state.model, run.train_eval_loader, split, settings, run.config.seed, run.world, poll=poll
-    )
-    seconds = time.perf_counter() - before
-    metric_time.add(seconds)
-    record = MetricRecord(
-        step=run.state.step,
-        epoch=run.state.epoch + 1,
-        gamma_hat=result.gamma_hat.mean,
-        gamma_hat_standard_error=result.gamma_hat.standard_error,
-        gamma_hat_cost_seconds=seconds,
-        fisher_trace=result.trace.mean,
-        fisher_spectral_radius=result.spectral_radius.mean,
-        trials=settings.trials,
-        samples=settings.samples,
-        gamma_hat_singular_trials=result.gamma_hat.singular,
-    )
-    run.telemetry.log(record)
-    return result
 
 
 def _due(epoch: int, every: int) -> bool:

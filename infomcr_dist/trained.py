@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -37,13 +38,16 @@ class Trained:
     """Epochs it was trained for"""
 
 
-def load_trained(source: Path, model: str | None, device: torch.device) -> Trained:
+def load_trained(
+    source: Path, model: str | None, device: torch.device, weights: Literal["current", "averaged"] = "current"
+) -> Trained:
     """The network of a checkpoint, or of a run directory's newest one that is whole.
 
     Args:
         source: a checkpoint or a run directory.
         model: import path of a network that is not ours; no code is imported on a checkpoint's word.
         device: where the network is to be.
+        weights: those of the last step, or the run's average.
 
     Raises:
         ValueError: there is no such checkpoint, or its network cannot be built or is not the one of ``model``.
@@ -54,7 +58,7 @@ def load_trained(source: Path, model: str | None, device: torch.device) -> Train
         raise ValueError(f"model: {path} has {config.model} imported: give model={config.model} if that code is yours")
     classes, image_size = state["classes"], state["image_size"]
     network = models.build(config.model, len(classes), image_size, config.frozen)
-    checkpoint.restore_weights(network, state, path)
+    checkpoint.restore_weights(network, state, path, weights == "averaged")
     about = state if "mean" in state else vars(open_data(config.data.path))  # one of before it was kept
     return Trained(
         path=path,

@@ -101,15 +101,14 @@ def augmentation(name: str) -> Augmentation:
     return AUGMENTATIONS[name]
 
 
-def uniform(seed: int, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.float64]:
+def uniform(
+    seed: int, epoch: int, positions: NDArray[np.int64], stream: Stream = Stream.AUGMENTATION
+) -> NDArray[np.float64]:
     """Numbers in [0, 1), float64 (B, 32); each row is a function of (seed, epoch, position)."""
     if len(positions) == 0:
         return np.empty((0, _DRAWS))
     runs = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
-    words = [
-        philox(Stream.AUGMENTATION, seed, epoch, block=int(run[0]) * _DRAWS // 4).random_raw(len(run) * _DRAWS)
-        for run in runs
-    ]
+    words = [philox(stream, seed, epoch, block=int(run[0]) * _DRAWS // 4).random_raw(len(run) * _DRAWS) for run in runs]
     high = np.concatenate(words).reshape(-1, _DRAWS) >> np.uint64(11)
     return high.astype(np.float64) * 2.0**-53
 
@@ -135,7 +134,7 @@ def draw(
     u = uniform(seed, epoch, positions) if drawn else np.zeros((len(positions), _DRAWS))
     sides = np.stack([heights, widths], axis=1).astype(np.int32)
     if augmentation.area:
-        shape = _box_shapes(augmentation.area, augmentation.ratio, sides, u[:, 4:14], u[:, 14:24])
+        shape = box_shapes(augmentation.area, augmentation.ratio, sides, u[:, 4:14], u[:, 14:24])
         anchor = np.floor(u[:, 1:3] * (sides - shape + 1)).astype(np.int32)
     elif augmentation.center:
         side = np.maximum(np.rint(augmentation.center * sides.min(axis=1)), 1).astype(np.int32)
@@ -163,7 +162,7 @@ def color_map(jitter: Sequence[float]) -> NDArray[np.float32]:
     return matrix.astype(np.float32)
 
 
-def _box_shapes(
+def box_shapes(
     area: tuple[float, float],
     ratio: tuple[float, float],
     sides: Ints,

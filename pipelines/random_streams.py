@@ -51,6 +51,10 @@ class Stream(IntEnum):
     """Dropout, and which sub-batches the sampled estimator takes, in a training step (step)."""
     BOOTSTRAP = 17
     """Seeds that are drawn again for the intervals of a study's correlations."""
+    AVERAGE_STATISTICS = 18
+    """Training images from which BatchNorm's statistics of averaged weights are taken."""
+    MIXING = 19
+    """mixup, CutMix and random erasing; the block is a position (epoch)."""
 
 
 def philox(stream: Stream, seed: int, index: int = 0, *, block: int = 0) -> np.random.Philox:

@@ -60,6 +60,26 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
             "regularizer.epoch goes with",
         ),
         (["regularizer.sub_batches=8", "regularizer.sub_batch_size=8"], "give one of sub_batches and sub_batch_size"),
+        (
+            ["regularizer.method=esam"],
+            "regularizer.method must be one of infomcr, sam, asam, gradient_norm, got 'esam'",
+        ),
+        (
+            ["regularizer.sub_batches=8", "regularizer.method=sam", "regularizer.rho=0"],
+            "regularizer.rho must be positive, got 0",
+        ),
+        (
+            ["regularizer.sub_batches=8", "regularizer.method=gradient_norm"],
+            "regularizer.beta must be at most 1 for .*=gradient_norm, got 10.0",
+        ),
+        (
+            ["regularizer.sub_batches=8", "regularizer.method=sam", "regularizer.estimator=reference"],
+            "regularizer.estimator must be fused or sampled for regularizer.method=sam, got reference",
+        ),
+        (
+            ["regularizer.sub_batches=8", "regularizer.method=asam", "regularizer.step=0.01"],
+            "regularizer.step must be auto for .*=asam, got 0.01",
+        ),
         (["schedule.milestones=[4,2]"], r"schedule.milestones must be increasing, got \[4.0, 2.0\]"),
         (["schedule.milestones=[10]", "epochs=10"], "schedule.milestones must come before the end"),
         (["schedule.milestones=[1]", "schedule.warmup_epochs=2"], "schedule.milestones must come after the warm-up"),

@@ -25,6 +25,7 @@ HOW: list[dict[str, Any]] = [
     {"estimator": "sampled", "num_sampled": 1},
     {"estimator": "reference"},
     {"estimator": "reference", "max_batch_size": 3},
+    {"method": "asam", "rho": 0.5},
 ]
 
 

@@ -142,7 +142,8 @@ def test_a_key_with_a_value_is_known(page: str) -> None:
         if re.match(rf"{python}|\s*(kubectl|docker|mpirun|grep)", line) or "{" in line:
             continue
         for key in re.findall(r"(?<![\w.$,-])([a-z_][a-z_0-9.]*)=", line):
-            assert key in known or key.startswith(("grid.", "base.", "measure.")), f"{key} in: {line}"
+            free = ("grid.", "base.", "measure.", "optimizer.arguments.")
+            assert key in known or key.startswith(free), f"{key} in: {line}"
 
 
 def test_messages_in_the_questions_are_the_code_s() -> None:

@@ -70,7 +70,7 @@ def test_requests_that_do_not_come_are_given_up(
     monkeypatch.setattr(endpoint._Handler, "timeout", 0.5)
     threads = threading.active_count()
     clients = []
-    for _ in range(200):
+    for _ in range(3 * endpoint.MAX_CONNECTIONS):
         client = socket.create_connection(("127.0.0.1", served[1]), timeout=10)
         clients.append(client)
         with suppress(OSError):  # closed at once, beyond those that it takes

@@ -16,7 +16,7 @@ from conftest import ENGINES, WORKERS, launch, needs_horovod
 
 from infomcr_dist.study import jobs
 
-ESTIMATORS = ("fused", "sampled", "reference")
+ESTIMATORS = ("fused", "sampled", "reference", "sam")
 JOBS = [(engine, workers) for workers in (2, 3) for engine in ENGINES]
 
 
@@ -65,7 +65,7 @@ def test_a_regularized_step_sends_what_a_plain_step_sends(reports: list[dict[str
         plain, regularized = report[f"sent {estimator}"]
         assert len(regularized) > 1
         assert regularized == plain, "the same allreduces"
-        weights = 3 * 6 * 9 + 6 + (2 * 6 if estimator == "fused" else 0) + 24 * 5 + 5
+        weights = 3 * 6 * 9 + 6 + (2 * 6 if estimator in ("fused", "sam") else 0) + 24 * 5 + 5
         assert sum(int(sent.split()[-1]) for sent in regularized) == 8 * weights, "every gradient once"
 
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ import pytest
 import torch
 from conftest import ENGINES, WORKERS, exit_code, launch, of_engine, start
 
+from benchmarks import hosts as network
 from infomcr_dist import checkpoint
+from infomcr_dist.train import main
 
+pytestmark = pytest.mark.job
 RECIPE = """
-model: resnet20
+model: plain_net:build_with_norm
 epochs: 4
 data: {path: DATA, augmentation: crop1_flip, global_batch_size: 60, drop_last: false}
 schedule: {milestones: [2]}
@@ -51,6 +54,16 @@ def run(
         # Horovod fuses what is ready into one allreduce; three addends or more may then add up in another order.
         result = launch(workers, "env", "HOROVOD_FUSION_THRESHOLD=0", *command, cwd=folder, engine=engine)
     return result.returncode, result.stdout + result.stderr
+
+
+@pytest.fixture
+def in_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """Trains in this process, without a fault, which saves the start of another; returns the exit code."""
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(WORKERS)
+    threads = torch.get_num_threads()
+    yield lambda *settings: main(["recipe.yaml", *settings])
+    torch.set_num_threads(threads)
 
 
 def final(run: Path) -> dict[str, torch.Tensor]:
@@ -92,7 +105,8 @@ SAVED = {
     "evaluation": 15, "within an evaluation": 15, "within the last evaluation": 20, "metric": 10, "last metric": 20
 }  # fmt: skip
 """Steps that are saved by then: all of an epoch, of which an evaluation is under way"""
-SIGNALS = [("horovod", 1, fault, moment, 0) for fault in ("SIGTERM", "SIGKILL") for moment in MOMENTS]
+# Two workers meet all of them, one alone each of either.
+SIGNALS = [("horovod", 1, ("SIGTERM", "SIGKILL")[i % 2], moment, 0) for i, moment in enumerate(MOMENTS)]
 SIGNALS += [("horovod", 1, "SIGHUP", "regularized step", 0), ("horovod", 1, "SIGINT", "metric", 0)]
 SIGNALS += [("horovod", 1, "waits_for_ever", "plain step", 0)]
 # The engines take turns: each meets every kind of fault, and every moment.
@@ -107,7 +121,14 @@ SIGNALS += [("torch", 3, fault, "regularized step", 2) for fault in ("SIGKILL",)
 
 @pytest.mark.parametrize(("engine", "workers", "fault", "moment", "rank"), SIGNALS)
 def test_a_fault_at_any_moment(
-    folder: Path, undisturbed: Any, engine: str, workers: int, fault: str, moment: str, rank: int
+    folder: Path,
+    undisturbed: Any,
+    in_process: Callable[..., int],
+    engine: str,
+    workers: int,
+    fault: str,
+    moment: str,
+    rank: int,
 ) -> None:
     """The run ends as it should, leaves a whole checkpoint, and resumes to the very bits of an undisturbed one.
 
@@ -136,9 +157,12 @@ def test_a_fault_at_any_moment(
         assert "another worker is gone, or waits" in output
         if fault == "SIGSTOP":
             assert f"error: rank {rank} has hung for 6 s: killed" in output
-    other = ENGINES[-1] if engine == ENGINES[0] else ENGINES[0]
-    code, output = run(folder, workers, "none", "", 0, *settings, engine=other if workers == 2 else engine)
-    assert code == 0, output
+    if workers == 1:
+        assert in_process(*settings) == 0
+    else:
+        other = ENGINES[-1] if engine == ENGINES[0] else ENGINES[0]
+        code, output = run(folder, workers, "none", "", 0, *settings, engine=other if workers == 2 else engine)
+        assert code == 0, output
     whole, resumed = final(undisturbed(workers, engine)), final(path)
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name]), name
@@ -146,13 +170,40 @@ def test_a_fault_at_any_moment(
     assert not [p for p in (path / "checkpoints").iterdir() if p.name.startswith(".")], "nothing half-written stays"
 
 
-def test_workers_that_torchrun_restarts_lose_no_step(folder: Path, undisturbed: Any) -> None:
-    """Two faults, each in the workers' first life; the launcher starts all of them again, and the run ends."""
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_whose_launcher_is_stopped_resumes_bitwise(folder: Path, undisturbed: Any, engine: str) -> None:
+    path = folder / f"stopped-launcher-{engine}"
+    command = [sys.executable, str(WORKERS / "faulty.py"), "held", "regularized step", "1", "recipe.yaml"]
+    settings = (f"run_dir={path}", "resume=auto")
+    with start(2, *command, *settings, cwd=folder, engine=engine) as job:
+        wait_until(lambda: (path / "held").exists() or job.poll() is not None)
+        job.terminate()
+        output = "".join(job.communicate(timeout=60))
+    assert job.returncode == exit_code(engine, 75), output
+    saved = re.search(r"stopped: saved after step (\d+); resume with run_dir=\S+ resume=auto", output)
+    assert saved, output
+    assert checkpoint.load_newest(path, pytest.fail)[1]["step"] == int(saved[1]) < 4 * STEPS
+    code, output = run(folder, 2, "none", "", 0, *settings, engine=engine)
+    assert code == 0, output
+    assert all(torch.equal(tensor, final(path)[name]) for name, tensor in final(undisturbed(2)).items())
+    assert history(path) == history(undisturbed(2)), "each step and event once"
+
+
+@pytest.mark.skipif(network.missing() is not None, reason=str(network.missing()))
+def test_workers_that_torchrun_restarts_on_two_hosts_lose_no_step(
+    folder: Path, undisturbed: Any, tmp_path: Path
+) -> None:
+    """One is killed in the workers' first life; the launchers meet and start all of them again, and the run ends."""
     path = folder / "restarted"
     command = [sys.executable, str(WORKERS / "faulty.py"), "SIGKILL", "regularized step", "1", "recipe.yaml"]
-    result = launch(2, *command, f"run_dir={path}", "resume=auto", cwd=folder, engine="torch",
-                    options=("--max-restarts", "1"))  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
+    with network.hosts(2, tmp_path) as made:
+        lines = made.torchrun(*command, f"run_dir={path}", "resume=auto", options=("--max-restarts", "1"))
+        with open(tmp_path / "log", "w+") as log:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            jobs = [subprocess.Popen(line, cwd=folder, env=environment, stdout=log, stderr=log) for line in lines]
+            codes = [job.wait(240) for job in jobs]
+    assert codes == [0, 0], (tmp_path / "log").read_text()
+    assert "epoch 4/4" in (tmp_path / "log").read_text()
     assert all(torch.equal(tensor, final(path)[name]) for name, tensor in final(undisturbed(2)).items())
     assert history(path) == history(undisturbed(2)), "each step and event once"
 
@@ -198,7 +249,7 @@ def test_a_full_disk_costs_the_checkpoint_not_the_run(folder: Path, tmp_path: Pa
     if mounted.returncode:
         pytest.skip("a file system of a given size needs root")
     try:
-        settings = (f"run_dir={disk / 'run'}", "checkpoint.keep=9", "checkpoint.every_steps=1")
+        settings = (f"run_dir={disk / 'run'}", "checkpoint.keep=9", "checkpoint.every_steps=1", "model=resnet20")
         code, output = run(folder, 2, "none", "", 0, *settings)
         assert code == 1
         assert "No space left on device; training continues, the checkpoint before it is kept" in output
@@ -289,7 +340,7 @@ def wait_until(condition: Callable[[], Any], seconds: float = 120) -> None:
 def test_a_killed_launcher_takes_its_workers_along_and_loses_no_step(folder: Path, engine: str) -> None:
     path = folder / f"killed-launcher-{engine}"
     command = [sys.executable, str(WORKERS / "faulty.py"), "none", "", "0", "recipe.yaml", f"run_dir={path}"]
-    with start(2, *command, "epochs=400", cwd=folder, engine=engine) as job:
+    with start(2, *command, "epochs=4000", cwd=folder, engine=engine) as job:
         wait_until(lambda: steps_of(path) > 3)
         job.kill()
     wait_until(lambda: not workers_of(path))
@@ -309,7 +360,7 @@ def test_a_worker_that_waits_for_one_that_hangs_ends_within_the_deadline(folder:
     """Asked to stop while another hangs, for longer than shutdown_timeout_seconds: it exits unsaved and reports it."""
     path = folder / f"deadline-{engine}"
     command = [sys.executable, str(WORKERS / "faulty.py"), "none", "", "0", "recipe.yaml", f"run_dir={path}"]
-    settings = ["epochs=400", "shutdown_timeout_seconds=2", "hang_timeout_seconds=60", "checkpoint.every_steps=null"]
+    settings = ["epochs=4000", "shutdown_timeout_seconds=2", "hang_timeout_seconds=60", "checkpoint.every_steps=null"]
     with start(2, *command, *settings, cwd=folder, engine=engine) as job:
         wait_until(lambda: steps_of(path) > 3)
         one, other = workers_of(path)

@@ -1,6 +1,7 @@
 """What only a GPU can show. torch, numpy, pytest and this package are enough; what needs more skips without it."""
 
 import importlib
+import math
 import re
 import signal
 import subprocess
@@ -20,10 +21,13 @@ from infomcr_dist.checkpoint import copied
 from infomcr_dist.config import OptimizerSettings
 from infomcr_dist.curvature import spectrum
 from infomcr_dist.evaluate import evaluate
+from infomcr_dist.first_order import FirstOrder
 from infomcr_dist.functional import functional_loss, trainable_parameters
 from infomcr_dist.gram import gradient_gram
+from infomcr_dist.graphs import Graphs
+from infomcr_dist.optimizers import build_optimizer
 from infomcr_dist.precision import full_precision, set_deterministic, set_ieee_float32
-from infomcr_dist.step import PenaltySettings, build_optimizer, train_step
+from infomcr_dist.step import PenaltySettings, train_step
 from infomcr_dist.world import SingleProcess
 from pipelines import Batch, LocalBatch, evaluation_batches
 
@@ -105,6 +109,27 @@ def test_steps_give_the_same_bits_again_and_after_a_resume(penalty: PenaltySetti
     for name, tensor in whole.items():
         assert torch.equal(tensor, again[name]), name
         assert torch.equal(tensor, resumed[name]), name
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
+def test_a_graph_takes_the_steps_of_every_fused_optimizer(kind: str) -> None:
+    criterion, world = nn.CrossEntropyLoss(), SingleProcess()
+    images, labels = (tensor.to(GPU) for tensor in images_and_labels(16))
+    found = []
+    for graphed in (False, True):
+        model = resnet().to(GPU).train()
+        optimizer = build_optimizer(OptimizerSettings(kind=kind, learning_rate=1e-3), model)
+        passes = FirstOrder(model, criterion, images, labels, bf16=False)
+        graphs = Graphs(passes, model, optimizer, world, None) if graphed else None
+        for step in range(6):
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 / (1 + step)
+            batch = images * (math.inf if step == 3 else 1.0), labels
+            result = train_step(model, criterion, optimizer, world, batch, loss_scale=1.0, penalty=None, graphs=graphs)
+            assert result.finite == (step != 3)
+        found.append(copied(model.state_dict()))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
 class Unsynchronized:

@@ -123,6 +123,21 @@ def test_the_control_differs_from_the_regularized_runs_in_beta_alone() -> None:
         )
 
 
+@pytest.mark.parametrize("scaled", ["true", "false"])
+def test_the_compared_strengths_are_of_as_many_candidates(scaled: str) -> None:
+    compared, candidates = (expand(load_study(ROOT / "infomcr_dist" / "studies" / f"{name}.yaml", [f"scaled={scaled}"]))
+                            for name in ("compare", "compare_strength"))  # fmt: skip
+    tried = {(run.cell[1], run.config.regularizer) for run in candidates}
+    for run in compared:
+        of_method = [regularizer for method, regularizer in tried if method == run.cell[0]]
+        assert len(of_method) == (0 if run.cell[0] in ("plain", "sub_batches") else 3)
+        strengths = [replace(r, beta=r.weight, rho=r.radius or 1.0) for r in of_method]
+        own = run.config.regularizer
+        assert not of_method or replace(own, beta=own.weight, rho=own.radius or 1.0) in strengths
+    data = replace(candidates[0].config.data, holdout_images=0)
+    assert all((run.config.data, run.config.schedule) == (data, candidates[0].config.schedule) for run in compared)
+
+
 def test_the_grid_is_expanded_with_paired_or_with_fresh_seeds(tmp_path: Path, small_data: Path) -> None:
     path = write_study(tmp_path, small_data)
     grid = ["grid.size.small.data.train_images=100", "grid.size.large.data.train_images=150"]

@@ -10,7 +10,8 @@ from infomcr_dist.config import OptimizerSettings
 from infomcr_dist.first_order import FirstOrder
 from infomcr_dist.graphs import Graphs
 from infomcr_dist.models import build
-from infomcr_dist.step import PenaltySettings, build_optimizer, train_step
+from infomcr_dist.optimizers import build_optimizer
+from infomcr_dist.step import PenaltySettings, train_step
 from infomcr_dist.world import SingleProcess
 
 ALPHA, BETA, RHO = 1e-4, 10.0, 3e-3

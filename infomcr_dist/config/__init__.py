@@ -14,10 +14,17 @@ from typing import ClassVar, Literal
 from infomcr_dist.config.checks import require
 from infomcr_dist.config.commands import ExportSettings, MeasureSettings, PredictSettings, ReportSettings
 from infomcr_dist.config.data import DataSettings
-from infomcr_dist.config.running import CheckpointSettings, EvaluationSettings, MetricSettings, TelemetrySettings
-from infomcr_dist.config.training import OptimizerSettings, RegularizerSettings, ScheduleSettings
+from infomcr_dist.config.running import (
+    CheckpointSettings,
+    EvaluationSettings,
+    MetricSettings,
+    ProfileSettings,
+    TelemetrySettings,
+)
+from infomcr_dist.config.training import AveragingSettings, OptimizerSettings, RegularizerSettings, ScheduleSettings
 
 __all__ = [
+    "AveragingSettings",
     "CheckpointSettings",
     "Config",
     "DataSettings",
@@ -27,6 +34,7 @@ __all__ = [
     "MetricSettings",
     "OptimizerSettings",
     "PredictSettings",
+    "ProfileSettings",
     "RegularizerSettings",
     "ReportSettings",
     "ScheduleSettings",
@@ -97,11 +105,13 @@ class Config:
     data: DataSettings = field(default_factory=lambda: DataSettings(global_batch_size=128))
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    averaging: AveragingSettings = field(default_factory=AveragingSettings)
     regularizer: RegularizerSettings = field(default_factory=lambda: RegularizerSettings(sub_batch_size=16))
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     metric: MetricSettings = field(default_factory=MetricSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+    profile: ProfileSettings = field(default_factory=ProfileSettings)
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, "epochs", "at least 1", self.epochs)
@@ -118,6 +128,11 @@ class Config:
             raise ValueError(
                 "schedule.warmup_epochs must be less than epochs, "
                 f"got {self.schedule.warmup_epochs} and epochs={self.epochs}"
+            )
+        if self.averaging.kind != "none" and self.averaging.start_epoch >= self.epochs:
+            raise ValueError(
+                "averaging.start_epoch must be less than epochs, "
+                f"got {self.averaging.start_epoch} and epochs={self.epochs}"
             )
         if self.resume is not None and self.data.backend == "webdataset":
             raise ValueError(

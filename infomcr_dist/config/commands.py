@@ -16,6 +16,8 @@ class MeasureSettings:
     """Data set directory; null: that of each model's training."""
     model: str | None = None
     """Import path package.module:function of a network that is not ours; no code is imported on a checkpoint's word."""
+    weights: Literal["current", "averaged"] = "current"
+    """averaged: the run's average, with the statistics of BatchNorm that it was last evaluated with."""
     trials: int = 100
     """Trials averaged (T)."""
     samples: int = 100
@@ -63,6 +65,8 @@ class ExportSettings:
 
     model: str | None = None
     """Import path package.module:function of a network that is not ours; no code is imported on a checkpoint's word."""
+    weights: Literal["current", "averaged"] = "current"
+    """averaged: the run's average, with the statistics of BatchNorm that it was last evaluated with."""
     output: str = "model"
     """Writes OUTPUT.safetensors and OUTPUT.onnx."""
 
@@ -73,6 +77,8 @@ class PredictSettings:
 
     model: str | None = None
     """Import path package.module:function of a network that is not ours; no code is imported on a checkpoint's word."""
+    weights: Literal["current", "averaged"] = "current"
+    """averaged: the run's average, with the statistics of BatchNorm that it was last evaluated with."""
     csv: str | None = None
     """Writes a table to this file, a row an image; null: prints a line an image."""
     threads: int | None = None

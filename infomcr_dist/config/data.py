@@ -27,6 +27,12 @@ class DataSettings:
     """Of the training batches: none, flip, crop1_flip, crop4_flip or random_resized_crop."""
     color_jitter: float = 0.0
     """Largest relative change of brightness, contrast and saturation."""
+    mixup: float = 0.0
+    """α of the Beta(α, α) that gives the shares in which the images of a pair are blended; 0: no mixup."""
+    cutmix: float = 0.0
+    """The same for the box that the images of a pair exchange; where both are given, either takes half of the pairs."""
+    random_erasing: float = 0.0
+    """Share of the training images in which a random box takes the mean colour."""
     image_size: int | None = None
     """Side of the model's square input images, in pixels; null: the side they are stored at."""
     batch_size: int | None = None
@@ -52,6 +58,11 @@ class DataSettings:
     prefetch: int = 2
     """Batches decoded ahead."""
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a pair are mixed, and labels are probabilities."""
+        return self.mixup > 0 or self.cutmix > 0
+
     def __post_init__(self) -> None:
         given = (self.batch_size is not None) + (self.global_batch_size is not None)
         if given != 1:
@@ -72,7 +83,8 @@ class DataSettings:
             value = getattr(self, name)
             require(value is None or value >= 1, f"data.{name}", "at least 1", value)
         require(0 <= self.color_jitter < 1, "data.color_jitter", "in [0, 1)", self.color_jitter)
-        for name in ("confusion_images", "holdout_images", "cache_bytes"):
+        require(0 <= self.random_erasing <= 1, "data.random_erasing", "in [0, 1]", self.random_erasing)
+        for name in ("confusion_images", "holdout_images", "cache_bytes", "mixup", "cutmix"):
             require(getattr(self, name) >= 0, f"data.{name}", "at least 0", getattr(self, name))
         if self.confusion_images and self.train_images is None:
             raise ValueError(

@@ -81,9 +81,24 @@ class TelemetrySettings:
     """Address that the endpoint binds to; 0.0.0.0 lets other machines scrape it."""
     pushgateway: str | None = None
     """HOST:PORT of a Pushgateway to which rank 0 pushes its metrics when the run ends; null: none."""
+    logger: Literal["tensorboard", "mlflow", "wandb"] | None = None
+    """What rank 0 logs the numbers of its records with; each is an extra of the package. null: nothing."""
 
     def __post_init__(self) -> None:
         valid = self.port is None or 1 <= self.port <= 65535
         require(valid, "telemetry.port", "between 1 and 65535, or null", self.port)
         if self.pushgateway is not None and not re.fullmatch(r"([\w.-]+|\[[\da-fA-F:.]+\]):\d{1,5}", self.pushgateway):
             raise ValueError("telemetry.pushgateway must be HOST:PORT, without a scheme, a user or a password")
+
+
+@dataclass(frozen=True)
+class ProfileSettings:
+    """A profile of some steps, by torch's profiler."""
+
+    steps: tuple[int, ...] | None = None
+    """Two numbers of updates: rank 0 profiles the steps from when the first is done until the second is, and writes
+    trace.json and operators.txt into the run's directory. null: none."""
+
+    def __post_init__(self) -> None:
+        valid = self.steps is None or (len(self.steps) == 2 and 0 <= self.steps[0] < self.steps[1])
+        require(valid, "profile.steps", "two increasing numbers, at least 0, or null", self.steps and list(self.steps))

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from infomcr_dist.config.checks import require
+from infomcr_dist.config.checks import plain, require
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Stochastic gradient descent with momentum."""
+    """What updates the weights from the gradient."""
 
+    kind: str = "sgd"
+    """An optimizer of torch.optim in lower case (sgd, adamw, rmsprop, …), or an import path package.module:Class."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of its class, such as {betas: [0.9, 0.95]} of adamw."""
     learning_rate: float = 0.1
     """Peak learning rate, at a global batch of reference_batch_size images."""
     reference_batch_size: int | None = None
     """Global batch size from which the rate is scaled linearly (Goyal et al. 2017); null: no scaling."""
     momentum: float = 0.9
-    """Momentum coefficient."""
+    """For sgd: momentum coefficient."""
     nesterov: bool = True
-    """Whether momentum is Nesterov's."""
+    """For sgd: whether momentum is Nesterov's."""
     weight_decay: float = 1e-4
     """Coefficient of weight decay, of the outer loss only: it never enters a sub-batch gradient."""
     decay_norm_and_bias: bool = True
@@ -39,6 +43,31 @@ class OptimizerSettings:
             require(value is None or value > 0, f"optimizer.{name}", "positive", value)
         if self.nesterov and self.momentum == 0:
             raise ValueError("optimizer.nesterov needs momentum, got optimizer.momentum=0.0: set nesterov=false")
+        if self.kind != "sgd" and (self.momentum, self.nesterov) != (0.9, True):
+            raise ValueError(
+                f"optimizer.momentum and optimizer.nesterov are for optimizer.kind=sgd, got kind={self.kind}, "
+                f"momentum={self.momentum} and nesterov={self.nesterov}: give {self.kind}'s own in optimizer.arguments"
+            )
+        object.__setattr__(self, "arguments", {name: plain(value) for name, value in self.arguments.items()})
+
+
+@dataclass(frozen=True)
+class AveragingSettings:
+    """An average of the weights over the run, evaluated and measured beside the weights themselves."""
+
+    kind: Literal["none", "ema", "swa"] = "none"
+    """ema: exponential moving average over the steps; swa: mean over the ends of epochs (Izmailov et al. 2018)."""
+    decay: float = 0.999
+    """For ema: what a step leaves of the average before it."""
+    start_epoch: int = 0
+    """Epochs before the first weights that are averaged."""
+    statistics_images: int = 10_000
+    """Training images as they are, drawn with the seed, from which BatchNorm's statistics of the average are taken."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.decay < 1, "averaging.decay", "in [0, 1)", self.decay)
+        require(self.start_epoch >= 0, "averaging.start_epoch", "at least 0", self.start_epoch)
+        require(self.statistics_images >= 2, "averaging.statistics_images", "at least 2", self.statistics_images)
 
 
 @dataclass(frozen=True)
@@ -74,8 +103,11 @@ class ScheduleSettings:
 
 @dataclass(frozen=True)
 class RegularizerSettings:
-    """The penalty βR_α on the divergence of sub-batch gradients (Jia & Su 2020, Algorithm 1)."""
+    """The penalty βR on the divergence of sub-batch gradients (Jia & Su 2020, Algorithm 1), or on the loss nearby."""
 
+    method: Literal["infomcr", "sam", "asam", "gradient_norm"] = "infomcr"
+    """infomcr: the paper's; sam (Foret et al. 2021), asam (Kwon et al. 2021), gradient_norm (Zhao et al. 2022): the
+    loss at a distance rho from the weights, of each sub-batch."""
     when: Literal["after_drop", "always", "never", "from_epoch"] = "after_drop"
     """after_drop: from the first drop of the learning rate (Sec. 7.2.1); from_epoch: from the epoch ``epoch``."""
     epoch: float | None = None
@@ -87,9 +119,12 @@ class RegularizerSettings:
     ramp_steps: int = 4
     """For ramp=steps: number of steps."""
     alpha: float = 1e-4
-    """Length α of the probing step w − αg; part of the strength (the penalty's gradient is βαHg)."""
+    """For infomcr: length α of the probing step w − αg; part of the strength (the penalty's gradient is βαHg)."""
     beta: float = 10.0
-    """Weight β of the penalty."""
+    """For infomcr and gradient_norm: weight β of the penalty; for gradient_norm from 0 to 1, where it is SAM. For sam
+    and asam the weight is 1."""
+    rho: float = 0.05
+    """For sam, asam and gradient_norm: the distance ρ; asam's is about ten times sam's (Kwon et al. 2021)."""
     sub_batches: int | None = None
     """Number of sub-batches of a worker's batch (M); null where sub_batch_size is given."""
     sub_batch_size: int | None = None
@@ -103,12 +138,12 @@ class RegularizerSettings:
     """For estimator=sampled: the largest time of a regularized step relative to a plain one; the number of penalized
     sub-batches is chosen to keep within it."""
     derivative: Literal["auto", "finite_difference", "exact"] = "auto"
-    """The paper's g − h, or its limit αHg; auto: the difference, unless it would be noise."""
+    """For infomcr: the paper's g − h, or its limit αHg; auto: the difference, unless it would be noise."""
     step: float | Literal["alpha", "auto"] = "auto"
-    """Length of the difference's step. alpha: the paper's, in float32; a number: relative to the length of the weights,
-    in the run's precision; auto: 0.003 in mixed precision, else alpha."""
+    """For infomcr: length of the difference's step. alpha: the paper's, in float32; a number: relative to the length of
+    the weights, in the run's precision; auto: 0.003 in mixed precision, else alpha."""
     finite_difference_error_every_steps: int = 0
-    """Steps between comparisons of the two derivatives on one sub-batch; 0: none."""
+    """For infomcr: steps between comparisons of the two derivatives on one sub-batch; 0: none."""
 
     def __post_init__(self) -> None:
         if (self.when == "from_epoch") != (self.epoch is not None):
@@ -142,3 +177,32 @@ class RegularizerSettings:
         require(self.beta >= 0, "regularizer.beta", "at least 0", self.beta)
         require(self.ramp_epochs >= 0, "regularizer.ramp_epochs", "at least 0", self.ramp_epochs)
         require(self.epoch is None or self.epoch >= 0, "regularizer.epoch", "at least 0", self.epoch)
+        require(self.rho > 0, "regularizer.rho", "positive", self.rho)
+        if self.method != "infomcr":
+            self._check_other_method()
+
+    def _check_other_method(self) -> None:
+        for name, only in (
+            ("estimator", ("fused", "sampled")),
+            ("derivative", ("auto", "finite_difference")),
+            ("step", ("auto",)),
+            ("finite_difference_error_every_steps", (0,)),
+        ):
+            value = getattr(self, name)
+            if value not in only:
+                raise ValueError(
+                    f"regularizer.{name} must be {' or '.join(map(str, only))} for regularizer.method={self.method}, "
+                    f"got {value}"
+                )
+        if self.method == "gradient_norm":
+            require(self.beta <= 1, "regularizer.beta", "at most 1 for regularizer.method=gradient_norm", self.beta)
+
+    @property
+    def weight(self) -> float:
+        """β of the method."""
+        return 1.0 if self.method in ("sam", "asam") else self.beta
+
+    @property
+    def radius(self) -> float | None:
+        """ρ of the method; None for infomcr."""
+        return None if self.method == "infomcr" else self.rho

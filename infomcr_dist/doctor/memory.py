@@ -23,10 +23,11 @@ from infomcr_dist.allocator import keep_freed_memory
 from infomcr_dist.config import Config
 from infomcr_dist.doctor.results import Result, attempt, gigabytes
 from infomcr_dist.experiment import Experiment, compute_threads
+from infomcr_dist.optimizers import build_optimizer
 from infomcr_dist.precision import set_deterministic, set_ieee_float32
 from infomcr_dist.preflight import check_run
 from infomcr_dist.schedules import LearningRate, PenaltyWeight
-from infomcr_dist.step import PenaltySettings, build_optimizer, penalty_settings, train_step
+from infomcr_dist.step import PenaltySettings, penalty_settings, train_step
 from infomcr_dist.world import SingleProcess, World
 from pipelines.free_memory import free_memory
 from pipelines.pools import begin_worker
@@ -117,7 +118,7 @@ def trials(experiment: Experiment) -> list[Trial]:
             assert experiment.sub_batch_size is not None
             # Of the numbers that a budget draws, 1 leaves the most images to the plain pass.
             k = 1 if budget else num_penalized
-            penalty = penalty_settings(settings, experiment.sub_batch_size, settings.beta, k)
+            penalty = penalty_settings(settings, experiment.sub_batch_size, settings.weight, k)
             regularized = replace(trial, penalty=penalty)
     return [trial for trial in (plain, regularized) if trial is not None]
 

@@ -137,7 +137,7 @@ def check_settings(run: StudyRun) -> None:
 
 def values_of(run: StudyRun) -> dict[str, float]:
     """The numbers of a run that is done, by column; NaN for what it does not have."""
-    last = {r.split: r for r in _records(run, EvaluationRecord)}
+    last = {r.split: r for r in _records(run, EvaluationRecord) if r.weights == "current"}
     values: dict[str, float | None] = {}
     for split in ("test", "train"):
         values[f"{split}_error"] = last[split].top1_error_ratio

@@ -42,6 +42,8 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 def settings(estimator: str) -> dict[str, Any]:
+    if estimator == "sam":
+        return {"method": "sam", "rho": 0.1}
     # α and β far from the defaults: the penalty's part of the gradient must not hide in its rounding.
     return {"alpha": 0.05, "beta": 3.0, "estimator": estimator, "num_sampled": 2 if estimator == "sampled" else None}
 
@@ -146,8 +148,11 @@ def main(output: Path) -> None:
     report: dict[str, Any] = {"engine": world.engine, "size": world.size}
     report["ranks"] = [world.rank, world.local_rank, world.local_size]
     sent = count_sent(world)
-    for estimator in ("fused", "sampled", "reference"):
-        norm = estimator == "fused"  # the others' loss term sees BatchNorm statistics that differ with the split
+    for estimator in ("fused", "sampled", "reference", "sam"):
+        norm = estimator in (
+            "fused",
+            "sam",
+        )  # the others' loss term sees BatchNorm statistics that differ with the split
         distributed_gradient(world, "plain", sent, norm)
         plain = sorted(sent)
         result = distributed_gradient(world, estimator, sent, norm)

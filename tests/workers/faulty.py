@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,8 +107,8 @@ def at(moment: str, strike: Callable[[], None]) -> None:
 
         def struck_within(self: Any, data: Any) -> int:
             nonlocal writes
-            writes += 1
-            if writes == 900:  # in the midst of the file of some step
+            writes += steps > 6
+            if writes == 20:  # in the midst of the file of some step
                 once()
             return write(self, data)
 
@@ -126,6 +127,20 @@ def strike_with(number: signal.Signals, written: bool) -> None:
             if thread is not threading.main_thread() and not thread.daemon:
                 thread.join()
     os.kill(os.getpid(), number)
+
+
+def held() -> None:
+    """This worker makes the file ``held`` in the run directory, and does not continue before it has got SIGTERM."""
+    handler, received = signal.getsignal(signal.SIGTERM), []
+
+    def receive(*arguments: Any) -> None:
+        received.append(arguments)
+        handler(*arguments)  # type: ignore[operator]
+
+    signal.signal(signal.SIGTERM, receive)
+    (Path(next(a for a in sys.argv if a.startswith("run_dir=")).removeprefix("run_dir=")) / "held").touch()
+    while not received:
+        time.sleep(0.02)
 
 
 def not_finite() -> None:

@@ -1,4 +1,4 @@
-"""A network without BatchNorm, given to the trainer by import path: a batch may be split at will."""
+"""Networks given to the trainer by import path. Without BatchNorm, a batch may be split at will."""
 
 import time
 
@@ -8,6 +8,18 @@ from torch import Tensor, nn
 def build(classes: int, image_size: int) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, stride=2),
+        nn.SiLU(),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(128, classes),
+    )
+
+
+def build_with_norm(classes: int, image_size: int) -> nn.Module:
+    """With the buffers of BatchNorm."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, stride=2, bias=False),
+        nn.BatchNorm2d(8),
         nn.SiLU(),
         nn.AdaptiveAvgPool2d(4),
         nn.Flatten(),
