@@ -31,7 +31,10 @@ REPORT = Command(
     "report", "infomcr_dist.report", "infomcr_dist.config:ReportSettings", (Argument("RUN", "a run directory", "+"),)
 )
 DOCTOR = Command("doctor", "infomcr_dist.doctor", "infomcr_dist.config:Config", (_RECIPE,))
-COMMANDS = {command.name: command for command in (TRAIN, MEASURE, STUDY, REPORT, DOCTOR, PREPARE, VERIFY, INSPECT)}
+PLAN = Command("plan", "infomcr_dist.plan", "infomcr_dist.config.plan:PlanSettings", (_RECIPE,))
+COMMANDS = {
+    command.name: command for command in (TRAIN, MEASURE, STUDY, REPORT, DOCTOR, PLAN, PREPARE, VERIFY, INSPECT)
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

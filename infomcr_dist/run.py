@@ -192,7 +192,7 @@ def _prepare_run(config: Config, recipe: Path, world: World, committed: Committe
         if saved is not None and is_finished(saved, config):
             raise Finished(f"{directory} has completed all of its {config.epochs} epochs: nothing is left to do")
 
-    state = _initial_state(experiment, model, world)
+    state = initial_state(experiment, model, world)
     if saved is not None:
         state.restore(saved, directory, world)
     if state.overhead_budget is not None:
@@ -246,7 +246,8 @@ def _open_telemetry(config: Config, recipe: Path, world: World) -> Telemetry:
     )
 
 
-def _initial_state(experiment: Experiment, model: nn.Module, world: World) -> TrainState:
+def initial_state(experiment: Experiment, model: nn.Module, world: World) -> TrainState:
+    """The state before the first step, of a network on the world's device."""
     config, sampler = experiment.config, experiment.sampler
     scale = sampler.global_batch / (config.optimizer.reference_batch_size or sampler.global_batch)
     peak = config.optimizer.learning_rate * scale
