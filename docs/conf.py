@@ -82,7 +82,10 @@ class SettingsTable(SphinxDirective):
         settings_type = COMMANDS[command].settings_type()
         sentences = describe_sections(settings_type)
         found: list[nodes.Node] = []
-        for section, members in groupby(describe(settings_type), key=lambda setting: setting.name.rpartition(".")[0]):
+        shown = describe(settings_type)
+        if command == "plan":  # the rest are those of train
+            shown = [setting for setting in shown if setting not in describe(COMMANDS["train"].settings_type())]
+        for section, members in groupby(shown, key=lambda setting: setting.name.rpartition(".")[0]):
             rows = nodes.definition_list(classes=["settings"])
             for setting in members:
                 default = "required" if setting.default is None else setting.default or '""'

@@ -39,7 +39,8 @@ PREDICT = Command(
     "infomcr_dist.config:PredictSettings",
     (_TRAINED, Argument("IMAGES", "images, folders of them or .tar shards", "+")),
 )
-_ALL = (TRAIN, MEASURE, PREDICT, EXPORT, STUDY, REPORT, DOCTOR, PREPARE, VERIFY, INSPECT)
+PLAN = Command("plan", "infomcr_dist.plan", "infomcr_dist.config.plan:PlanSettings", (_RECIPE,))
+_ALL = (TRAIN, MEASURE, PREDICT, EXPORT, STUDY, REPORT, DOCTOR, PLAN, PREPARE, VERIFY, INSPECT)
 COMMANDS = {command.name: command for command in _ALL}
 
 

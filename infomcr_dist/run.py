@@ -201,7 +201,7 @@ def _prepare_run(config: Config, recipe: Path, world: World, committed: Committe
         with world.synchronize_errors():
             if world.rank == 0:  # which sends its weights to the others
                 taken_over = load_initial_weights(Path(config.init_from), model, experiment)
-    state = _initial_state(experiment, model, optimizer, world)
+    state = initial_state(experiment, model, optimizer, world)
     if saved is not None:
         state.restore(saved, directory, world)
     if state.overhead_budget is not None:
@@ -257,9 +257,10 @@ def _open_telemetry(config: Config, recipe: Path, world: World) -> Telemetry:
     )
 
 
-def _initial_state(
+def initial_state(
     experiment: Experiment, model: nn.Module, optimizer: torch.optim.Optimizer, world: World
 ) -> TrainState:
+    """The state before the first step, of a network on the world's device."""
     config, sampler = experiment.config, experiment.sampler
     scale = sampler.global_batch / (config.optimizer.reference_batch_size or sampler.global_batch)
     peak = config.optimizer.learning_rate * scale

@@ -85,7 +85,7 @@ def test_settings_are_understood_in_three_forms() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_setting_of_text_takes_what_is_typed(name: str, tmp_path: Path) -> None:
     settings = COMMANDS[name].settings_type()
-    needed = {"study": ["grid={a: {b: {}}}"], "train": ["data.batch_size=1"], "doctor": ["data.batch_size=1"]}
+    needed = {"study": ["grid={a: {b: {}}}"], **{key: ["data.batch_size=1"] for key in ("train", "doctor", "plan")}}
     names = {setting.name for setting in describe(settings) if setting.type in ("text", "text|null")}
     for setting in sorted(names - {"telemetry.pushgateway", "compare", "choose"}):  # these must name what exists
         for text in ("4711_1", "073015", "1.10", "on", "run #2", "runs/lr=0.1,bs=64", "1e3", "[x", " a: b ", "12:30"):

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path for package in ("pipelines", "infomcr_dist") for path in (ROOT / package).rglob("*.py"))
-COMMANDS = {"train", "measure", "study", "report", "doctor"}
+COMMANDS = {"train", "measure", "study", "report", "doctor", "plan"}
 
 
 def table() -> dict[str, set[str]]:

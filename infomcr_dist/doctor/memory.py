@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -64,7 +65,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of one step: its seconds, the peak of the memory that its process took, and the memory there is for it."""
+    """Of a step: its seconds, the peak of the memory that its process took, and the memory there is for it."""
 
     seconds: float
     peak_bytes: int
@@ -104,7 +105,7 @@ def check_memory(results: list[Result], experiment: Experiment | None, world: Wo
 def trials(experiment: Experiment) -> list[Trial]:
     """The largest plain and the largest regularized step of the run, of those it takes."""
     config, sampler, size = experiment.config, experiment.sampler, experiment.world_size
-    settings, phases = config.regularizer, penalty_phases(experiment)
+    settings, first = config.regularizer, first_regularized_step(experiment)
     budget = settings.overhead_budget is not None
     plain = regularized = None
     # All global batches of an epoch but the last are of one size.
@@ -112,9 +113,9 @@ def trials(experiment: Experiment) -> list[Trial]:
     for batch in sorted(batches, key=lambda batch: len(batch.samples)):
         num_penalized = experiment.num_penalized(batch, 0, None)
         trial = Trial(config, len(experiment.dataset.classes), experiment.image_size, len(batch.samples))
-        if num_penalized is None or False in phases or budget:  # a budget makes some steps plain
+        if num_penalized is None or first != 0 or budget:  # a budget makes some steps plain
             plain = trial
-        if num_penalized is not None and True in phases:
+        if num_penalized is not None and first is not None:
             assert experiment.sub_batch_size is not None
             # Of the numbers that a budget draws, 1 leaves the most images to the plain pass.
             k = 1 if budget else num_penalized
@@ -123,25 +124,23 @@ def trials(experiment: Experiment) -> list[Trial]:
     return [trial for trial in (plain, regularized) if trial is not None]
 
 
-def penalty_phases(experiment: Experiment) -> set[bool]:
-    """Whether there are steps before the regularizer is on (False), and after (True), by the run's schedules.
+def first_regularized_step(experiment: Experiment) -> int | None:
+    """The step of the run, from 0, at which its schedules switch the regularizer on, to stay; None: never.
 
     A plateau is assumed to come as early as it can.
     """
     config, steps = experiment.config, experiment.sampler.steps
     if experiment.sub_batch_size is None:
-        return {False}
+        return None
     rate = LearningRate(config.schedule, 1.0, config.epochs, steps)
     weight = PenaltyWeight(config.regularizer, config.schedule.warmup_epochs)
-    phases = set()
     for epoch in range(config.epochs):
         for step in range(steps):
             progress = epoch + step / steps
-            phases.add(weight.at(progress, rate.at(progress)) is not None)
-            if True in phases:
-                return phases  # it stays on
+            if weight.at(progress, rate.at(progress)) is not None:
+                return epoch * steps + step
         rate.end_epoch(epoch, training_loss=1.0)
-    return phases
+    return None
 
 
 def try_steps(experiment: Experiment, world: World, room: int) -> list[StepCost]:
@@ -150,11 +149,11 @@ def try_steps(experiment: Experiment, world: World, room: int) -> list[StepCost]
     return [try_step(trial, world.local_rank, threads, room) for trial in trials(experiment)]
 
 
-def try_step(trial: Trial, local_rank: int, threads: int, room: int) -> StepCost:
+def try_step(trial: Trial, local_rank: int, threads: int, room: int, steps: int = 2) -> StepCost:
     """`step_cost` in a process of its own; ValueError if the step does not fit."""
     where = f"cuda:{local_rank}" if torch.cuda.is_available() else f"{gigabytes(room)} free per worker"
     what = f"{trial} of {trial.image_size} × {trial.image_size} does not fit the memory"
-    return in_own_process(f"{what} ({where})", trial.remedy, step_cost, trial, local_rank, threads, room)
+    return in_own_process(f"{what} ({where})", trial.remedy, step_cost, trial, local_rank, threads, room, steps)
 
 
 def in_own_process(failure: str, remedy: str, function: Callable[..., T], *arguments: Any) -> T:
@@ -181,14 +180,15 @@ def in_own_process(failure: str, remedy: str, function: Callable[..., T], *argum
             raise ValueError(f"{failure}: {remedy}") from None
 
 
-def step_cost(trial: Trial, local_rank: int, threads: int, room: int) -> StepCost:
-    """Take a step twice: the first creates the optimizer's state, the second is like all that follow.
+def step_cost(trial: Trial, local_rank: int, threads: int, room: int, steps: int = 2) -> StepCost:
+    """Take a step some times: the first creates the optimizer's state, the others are like all that follow.
 
     Args:
         trial: the step.
         local_rank: as of `start_alone`, which limits this process.
         threads: likewise.
         room: likewise.
+        steps: how many; the seconds are the median of all but the first.
     """
     world, room = start_alone(local_rank, threads, room)
     config, size = trial.config, trial.image_size
@@ -201,7 +201,8 @@ def step_cost(trial: Trial, local_rank: int, threads: int, room: int) -> StepCos
         group["lr"] = 0.0
     images = torch.randn(trial.images, 3, size, size, device=world.device).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(trial.classes, (trial.images,), device=world.device)
-    for _ in range(2):
+    seconds = []
+    for _ in range(steps):
         result = train_step(
             model,
             nn.CrossEntropyLoss(label_smoothing=config.optimizer.label_smoothing),
@@ -214,9 +215,11 @@ def step_cost(trial: Trial, local_rank: int, threads: int, room: int) -> StepCos
             clip_gradient_norm=config.optimizer.clip_gradient_norm,
             max_batch_size=config.data.max_batch_size,
         )
-    seconds = result.gradient_seconds + result.allreduce_wait_seconds + result.update_seconds
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return StepCost(seconds, resident if world.device.type == "cpu" else torch.cuda.max_memory_reserved(), room)
+        seconds.append(result.gradient_seconds + result.allreduce_wait_seconds + result.update_seconds)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if world.device.type == "cuda":
+        peak = torch.cuda.max_memory_reserved()
+    return StepCost(statistics.median(seconds[1:]), peak, room)
 
 
 def check_preflight(results: list[Result], experiment: Experiment, world: World) -> None:
