@@ -30,6 +30,7 @@ from infomcr_dist.records import (
     read_records,
 )
 from infomcr_dist.telemetry import Telemetry
+from infomcr_dist.train import main
 
 STEP = StepRecord(
     step=1, epoch=1, phase="plain", loss=2.25, penalty=None, beta=None, num_penalized=None, gradient_norm=1.5,
@@ -163,6 +164,22 @@ def test_a_logger_that_is_not_installed_is_refused_in_one_line(tmp_path: Path, m
     with pytest.raises(ValueError, match="not installed"):
         check_installed("aim_logs")  # a directory is no package
     check_installed(None)
+
+
+def test_a_run_whose_logger_is_not_installed_ends_before_it_trains(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *of: None if name == "mlflow" else find(name, *of))
+    monkeypatch.chdir(tmp_path)
+    settings = ["model=cnn", "data.backend=synthetic", f"data.path={small_data}", "data.global_batch_size=8"]
+    (tmp_path / "recipe.yaml").write_text("telemetry: {port: null, logger: mlflow}\nregularizer: {when: never}\n")
+    threads = torch.get_num_threads()
+    assert main(["recipe.yaml", *settings]) == 2
+    torch.set_num_threads(threads)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: telemetry.logger=mlflow needs the package mlflow")
+    assert not (tmp_path / "runs").exists()
 
 
 WORKS = """
