@@ -246,7 +246,7 @@ def _prepare_run(config: Config, recipe: Path, world: World, committed: Committe
 def _open_telemetry(config: Config, recipe: Path, world: World) -> Telemetry:
     info = {"model": config.model, "recipe": recipe.stem, "backend": config.data.backend}
     info |= {"engine": world.engine, "precision": config.precision, "estimator": config.regularizer.estimator}
-    info |= {"derivative": config.regularizer.derivative}
+    info |= {"method": config.regularizer.method, "derivative": config.regularizer.derivative}
     return Telemetry(
         config.telemetry,
         rank=world.rank,

@@ -85,7 +85,15 @@ def test_convolutions_and_products_are_in_ieee_float32_inside_and_outside_of_ful
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("penalty", [None, PenaltySettings(alpha=1e-4, beta=10.0, sub_batch_size=16)])
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        None,
+        PenaltySettings(alpha=1e-4, beta=10.0, sub_batch_size=16),
+        PenaltySettings(alpha=1e-4, beta=1.0, sub_batch_size=16, method="asam", rho=0.5),
+    ],
+    ids=["plain", "infomcr", "asam"],
+)
 def test_steps_give_the_same_bits_again_and_after_a_resume(penalty: PenaltySettings | None, bf16: bool) -> None:
     world, criterion = SingleProcess(), nn.CrossEntropyLoss()
     images, labels = (tensor.to(GPU) for tensor in images_and_labels(48))
