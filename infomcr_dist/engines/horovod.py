@@ -79,7 +79,9 @@ class HorovodWorld(World):
 
     def distribute(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-        return model, hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
+        distributed = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
+        distributed.defaults = optimizer.defaults  # Horovod takes over the parameter groups alone
+        return model, distributed
 
     def average_gradients(self, optimizer: torch.optim.Optimizer, values: Tensor) -> Tensor:
         sums = hvd.allreduce_async(values, name="sums", op=hvd.Sum)
