@@ -65,8 +65,8 @@ def build_optimizer(settings: OptimizerSettings, model: nn.Module) -> torch.opti
     lost = sorted(settings.arguments.keys() - optimizer.defaults.keys())
     if lost:
         raise ValueError(
-            f"optimizer.arguments.{lost[0]} is not kept in the parameter groups of optimizer.kind={settings.kind}, "
-            f"where Horovod would find it, got {settings.arguments[lost[0]]}: leave it out"
+            f"optimizer.arguments.{lost[0]} is not in the parameter groups of optimizer.kind={settings.kind}, "
+            f"which are all that Horovod takes over, got {settings.arguments[lost[0]]}: leave it out"
         )
     return optimizer
 

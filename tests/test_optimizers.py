@@ -225,7 +225,10 @@ def test_settings_come_back_from_their_yaml(tmp_path: Path) -> None:
         (["kind=adamw", "arguments.eps=-1"], "optimizer.kind=adamw, eps=-1: Invalid epsilon value: -1"),
         (["kind=nowhere:Lion"], "optimizer.kind=nowhere:Lion cannot be imported: ModuleNotFoundError"),
         (["kind=torch.nn:Linear"], "must be a subclass of torch.optim.Optimizer, got <class 'torch.nn"),
-        (["kind=test_optimizers:Lion", "arguments.note=x"], "arguments.note is not kept .* got x: leave it out"),
+        (
+            ["kind=test_optimizers:Lion", "arguments.note=x"],
+            "arguments.note is not in the parameter groups .* got x: leave it out",
+        ),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(overrides: list[str], message: str) -> None:

@@ -80,7 +80,9 @@ class HorovodWorld(World):
     def distribute(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        return model, hvd.DistributedOptimizer(optimizer, named_parameters=trained)
+        distributed = hvd.DistributedOptimizer(optimizer, named_parameters=trained)
+        distributed.defaults = optimizer.defaults  # Horovod takes over the parameter groups alone
+        return model, distributed
 
     def average_gradients(self, optimizer: torch.optim.Optimizer, values: Tensor) -> Tensor:
         sums = hvd.allreduce_async(values, name="sums", op=hvd.Sum)
