@@ -81,8 +81,12 @@ def recompute_statistics(
 
     As `torch.optim.swa_utils.update_bn`, but that other layers are as in evaluation. The workers share the batches out,
     so that the statistics are the same at any number of workers, up to rounding; other buffers are averaged over them.
+    Layers that stay in eval mode, as those of frozen parts, keep theirs.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    training = model.training
+    modules = list(model.train().modules())
+    norms = [m for m in modules if isinstance(m, _BatchNorm) and m.training and m.running_mean is not None]
+    model.train(training)
     pool = permutation(Stream.AVERAGE_STATISTICS, len(split), seed)[:images]
     count = max(1, len(pool) // batch_size) if norms else 0
 

@@ -14,7 +14,7 @@ from infomcr_dist.functional import functional_loss, trainable_parameters
 from infomcr_dist.gram import gradient_gram
 from infomcr_dist.models import build
 from infomcr_dist.models.frozen import freeze
-from infomcr_dist.step import build_optimizer
+from infomcr_dist.optimizers import build_optimizer
 from infomcr_dist.train import main as train
 from infomcr_dist.trained import load_trained
 
@@ -119,7 +119,8 @@ def test_a_run_trains_the_rest(
     (tmp_path / "recipe.yaml").write_text(
         f"data: {{path: {small_data}, backend: torch, global_batch_size: 32, train_images: 64}}\nepochs: 1\n"
         "schedule: {kind: constant}\nregularizer: {when: always, sub_batch_size: 16}\n"
-        "metric: {trials: 1, samples: 4}\ntelemetry: {port: null}\nthreads: 1\nfrozen: [stem, blocks.0]\n"
+        "metric: {trials: 1, samples: 4}\ntelemetry: {port: null}\nthreads: 1\n"
+        "averaging: {kind: ema}\nfrozen: [stem, blocks.0]\n"
     )
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
@@ -129,6 +130,7 @@ def test_a_run_trains_the_rest(
     initial = build("resnet20", 6, 16).state_dict()
     still = {name for name, tensor in initial.items() if torch.equal(tensor, state["model"][name])}
     assert still == {name for name in initial if name.startswith(("stem.", "blocks.0."))}
+    assert all(torch.equal(state["average"][f"module.{name}"], initial[name]) for name in still), "the average as well"
     trained = load_trained(Path("run"), None, torch.device("cpu"))
     assert {name for name, _ in trained.model.named_parameters()} - set(trainable_parameters(trained.model)) == {
         name for name in still if "running_" not in name and "num_batches" not in name
