@@ -46,7 +46,7 @@ def displacement(scheme: Scheme, weights: list[Tensor], gradients: list[Tensor],
         scheme: Of finite differences.
         weights: w, detached, any parts of it that all gradients are of.
         gradients: g_i, of the same shapes.
-        size: |w|, where `needs_size` says so.
+        size: |w|, where `needs_size` is true.
     """
     if scheme.method == "infomcr":
         if size is None:

@@ -38,10 +38,10 @@ def test_help_shows_usage_exit_codes_and_every_setting(name: str, capsys: pytest
         assert f"{setting.name}={setting.type} {words(setting.sentence)} (default: " in text
     # Written out once, independently of where they come from.
     if name == "train":
-        assert "regularizer.beta=float Weight β of the penalty. (default: 10.0)" in text
+        assert "regularizer.ramp_steps=int For ramp=steps: number of steps. (default: 4)" in text
         assert "data.backend=dali|torch|resident|webdataset|synthetic Loader" in text
         assert "optimizer.clip_gradient_norm=float|null" in text
-        assert "RECIPE one recipe or one of cifar10, demo, imagenet128 (default: demo)" in text
+        assert "RECIPE one recipe or one of cifar10, demo, imagenet128, imagenet128_modern (default: demo)" in text
 
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,7 +122,7 @@ def test_a_step_is_the_definition_s(method: Method) -> None:
     losses = step_of(model, batch, method)
     a = 1 - BETA[method]
     assert relative(grads(model), a * mean(gs) + (1 - a) * mean(hs)) < 1e-12
-    assert relative(mean(hs), mean(gs)) > 0.05  # the two are told apart
+    assert relative(mean(hs), mean(gs)) > 0.05  # the two differ
     torch.testing.assert_close(losses.loss, loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(losses.penalty, rise, rtol=1e-9, atol=0)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
