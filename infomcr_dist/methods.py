@@ -2,17 +2,14 @@
 
 All of them minimize L(B, w) + beta R(w), where R compares the loss of each sub-batch at w with that at another point,
 which is held constant: R = mean of scale_i (L(B_i, w) - L(B_i, w - epsilon_i d_i)). With g_i at w and h_i at the other
-point, the gradient of a step is the mean of a_i g_i + b_i h_i, a_i = 1 + beta scale_i and b_i = -beta scale_i.
+point, the gradient of a step is the mean of a_i g_i + b_i h_i, a_i = 1 + beta scale_i and b_i = -beta scale_i::
 
-=============  =========  ===========================  ==================  =============================
-method         d_i        epsilon_i                    scale_i             gradient of a step, mean of
-=============  =========  ===========================  ==================  =============================
-infomcr        g_i        alpha                        1                   g_i + beta (g_i - h_i)
-infomcr, step  g_i        rho norm(w) / norm(g_i)      alpha / epsilon_i   the same, for a small alpha
-sam            g_i        -rho / norm(g_i)             -1                  h_i, at beta = 1
-asam           w^2 g_i    -rho / norm(w g_i)           -1                  h_i, at beta = 1
-gradient_norm  g_i        -rho / norm(g_i)             -1                  (1 - beta) g_i + beta h_i
-=============  =========  ===========================  ==================  =============================
+    method         d_i        epsilon_i                    scale_i             gradient of a step, mean of
+    infomcr        g_i        alpha                        1                   g_i + beta (g_i - h_i)
+    infomcr, step  g_i        rho norm(w) / norm(g_i)      alpha / epsilon_i   the same, for a small alpha
+    sam            g_i        -rho / norm(g_i)             -1                  h_i, at beta = 1
+    asam           w^2 g_i    -rho / norm(w g_i)           -1                  h_i, at beta = 1
+    gradient_norm  g_i        -rho / norm(g_i)             -1                  (1 - beta) g_i + beta h_i
 
 Jia & Su 2020; Foret et al. 2021; Kwon et al. 2021, with the product by w element by element; Zhao et al. 2022.
 """
