@@ -14,7 +14,7 @@ class OptimizerSettings:
 
     kind: str = "sgd"
     """An optimizer of torch.optim in lower case (sgd, adamw, rmsprop, …), or an import path package.module:Class."""
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict, hash=False)
     """Further arguments of its class, such as {betas: [0.9, 0.95]} of adamw."""
     learning_rate: float = 0.1
     """Peak learning rate, at a global batch of reference_batch_size images."""
