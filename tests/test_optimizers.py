@@ -235,6 +235,10 @@ def test_settings_come_back_from_their_yaml(tmp_path: Path) -> None:
     assert config.optimizer.arguments == {"eps": 1e-6, "amsgrad": True, "betas": [0.9, 0.95]}
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load(Config, tmp_path / "config.yaml", []) == config
+    others = [f"optimizer.arguments.{name}=null" for name in ("betas", "amsgrad")]
+    assert load(Config, tmp_path / "config.yaml", [*others, "optimizer.kind=adagrad"]).optimizer.arguments == {
+        "eps": 1e-6
+    }
 
 
 @pytest.mark.parametrize(
