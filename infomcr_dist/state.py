@@ -192,7 +192,7 @@ def find_directory_and_state(experiment: Experiment, recipe: Path) -> tuple[Path
         return directory or Path("runs") / f"{recipe.stem}-{time.strftime('%Y%m%d-%H%M%S')}", None
     assert directory is not None or config.resume != "auto"
     source = directory if directory and config.resume == "auto" else Path(config.resume)
-    path, state = checkpoint.load_newest(source, _report)
+    path, state = checkpoint.load_newest(source, _report, "resume")
     _check_settings(experiment, path, state)
     if is_finished(state, config) and config.resume != "auto":
         raise ValueError(
