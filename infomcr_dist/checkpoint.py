@@ -104,12 +104,13 @@ class OtherFormat(ValueError):
     """A checkpoint of another release, not a damaged one."""
 
 
-def load_newest(source: Path, report: Callable[[str], None]) -> tuple[Path, State]:
+def load_newest(source: Path, report: Callable[[str], None], argument: str = "RUN") -> tuple[Path, State]:
     """The checkpoint at ``source``: the file itself, or the newest of a run directory that is whole.
 
     Args:
         source: a checkpoint or a run directory.
         report: called with a line for every damaged checkpoint that is skipped.
+        argument: of the command, that names the source; for the errors.
 
     Raises:
         ValueError: there is none, none that is whole, or the newest is of another release.
@@ -118,7 +119,7 @@ def load_newest(source: Path, report: Callable[[str], None]) -> tuple[Path, Stat
         return source, load(source)
     found = newest_first(source / "checkpoints")
     if not found:
-        raise ValueError(f"resume: there is no checkpoint at {source}: give a run directory or a checkpoint file")
+        raise ValueError(f"{argument}: there is no checkpoint at {source}: give a run directory or a checkpoint file")
     for path in found:
         try:
             return path, load(path)
@@ -126,7 +127,7 @@ def load_newest(source: Path, report: Callable[[str], None]) -> tuple[Path, Stat
             raise
         except ValueError as error:
             report(f"{error}; it is skipped, the one before it is taken")
-    raise ValueError(f"resume: none of the {len(found)} checkpoints at {source} is whole: train in another run_dir")
+    raise ValueError(f"{argument}: none of the {len(found)} checkpoints at {source} is whole: train in another run_dir")
 
 
 def load(path: Path) -> State:

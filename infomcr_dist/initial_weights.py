@@ -77,7 +77,9 @@ def read_weights(source: Path) -> tuple[dict[str, Tensor], list[str] | None]:
     if source.suffix == ".safetensors":
         return _read_safetensors(source)
     if source.is_dir():
-        source, content = checkpoint.load_newest(source, lambda text: print(text, file=sys.stderr, flush=True))
+        source, content = checkpoint.load_newest(
+            source, lambda text: print(text, file=sys.stderr, flush=True), "init_from"
+        )
     else:
         content = checkpoint.read(source)
         if isinstance(content, dict) and "format" in content:

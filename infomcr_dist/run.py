@@ -166,6 +166,11 @@ def _prepare_run(config: Config, recipe: Path, world: World, committed: Committe
             prepare_demo_data(config.data.path)
     with world.synchronize_errors():
         experiment = open_experiment(config, world.size)
+        updates, watched = experiment.sampler.steps * config.epochs, config.profile.steps
+        if watched is not None and watched[0] >= updates:
+            raise ValueError(
+                f"profile.steps must begin before the last of the run's {updates} updates, got {[*watched]}"
+            )
         if committed is None:  # a restarted world has run it
             classes, size = len(experiment.dataset.classes), experiment.sub_batch_size
             check_run(config, classes, experiment.image_size, size, world.device)

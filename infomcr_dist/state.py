@@ -36,6 +36,13 @@ _MAY_CHANGE_OF_DATA = frozenset(
     )
 )
 """Of the data section; the shards' fingerprint and the global batch are compared instead."""
+_NEW_STATE = {
+    "optimizer": ("optimizer.kind", "optimizer.arguments", "optimizer.decay_norm_and_bias", "frozen"),
+    "average": ("averaging.kind",),
+}
+"""Parts of a state, and the settings without which they mean nothing: where one has changed, the part begins anew."""
+_HYPERPARAMETERS = ("weight_decay", "momentum", "nesterov", "foreach", "fused")
+"""Of the optimizer's parameter groups: as the settings and the device are now."""
 
 
 @dataclass
@@ -78,7 +85,8 @@ class TrainState:
         """Take over a snapshot; `UserError` on every worker if its weights are another network's."""
         with world.synchronize_errors():
             checkpoint.restore_weights(self.model, saved, directory)
-        self.optimizer.load_state_dict(saved["optimizer"])
+        if saved["optimizer"] is not None:
+            self.optimizer.load_state_dict(self._with_own_hyperparameters(saved["optimizer"]))
         self.learning_rate.load_state_dict(saved["learning_rate"])
         self.penalty_weight.load_state_dict(saved["penalty_weight"])
         if self.overhead_budget is not None and saved["overhead_budget"] is not None:
@@ -88,6 +96,14 @@ class TrainState:
         self.epoch, self.step = saved["epoch"], saved["step"]
         self.epoch_loss, self.best_error = tuple(saved["epoch_loss"]), saved["best_error"]
         _restore_buffers(self.model, saved["by_rank"], world)
+
+    def _with_own_hyperparameters(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """The optimizer's saved state, with what this run's settings give in place of what the checkpoint's gave."""
+        groups = [
+            group | {name: own[name] for name in _HYPERPARAMETERS if name in own}
+            for group, own in zip(saved["param_groups"], self.optimizer.param_groups, strict=True)
+        ]
+        return {**saved, "param_groups": groups}
 
 
 @dataclass
@@ -176,7 +192,7 @@ def find_directory_and_state(experiment: Experiment, recipe: Path) -> tuple[Path
         return directory or Path("runs") / f"{recipe.stem}-{time.strftime('%Y%m%d-%H%M%S')}", None
     assert directory is not None or config.resume != "auto"
     source = directory if directory and config.resume == "auto" else Path(config.resume)
-    path, state = checkpoint.load_newest(source, _report)
+    path, state = checkpoint.load_newest(source, _report, "resume")
     _check_settings(experiment, path, state)
     if is_finished(state, config) and config.resume != "auto":
         raise ValueError(
@@ -209,6 +225,10 @@ def _check_settings(experiment: Experiment, path: Path, state: checkpoint.State)
         if any(text.startswith(("data.", "seed=")) for text in different):  # another sequence of global batches
             _report(f"resume: epoch {state['epoch'] + 1} begins again")
             state |= {"step": state["epoch"] * experiment.sampler.steps, "epoch_loss": (0.0, 0.0), "by_rank": []}
+        for part, names in _NEW_STATE.items():
+            if any(text.startswith(names) for text in different):
+                _report(f"resume: the state of the {part} begins anew")
+                state[part] = None
 
 
 def weights_digest(model: nn.Module, buffers: bool) -> str:

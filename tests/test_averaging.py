@@ -197,6 +197,17 @@ def test_a_run_that_ends_between_an_epochs_steps_and_its_evaluation_is_resumed_t
     assert_same(states(cut)[3 * STEPS]["average"], states(runs(f"uncut-{kind}", *overrides))[3 * STEPS]["average"])
 
 
+def test_another_kind_of_average_begins_anew(runs: Callable[..., Path]) -> None:
+    """Where a run is resumed with it: of one epoch's end, the mean is the weights there."""
+    begun = runs("begun", "averaging.kind=ema")
+    resume = f"resume={of_step(begun, 2 * STEPS)}", "allow_config_change=true"
+    last = states(runs("other", "averaging.kind=swa", *resume))[3 * STEPS]
+    assert last["average"]["n_averaged"] == 1
+    for name, tensor in last["model"].items():
+        if tensor.is_floating_point() and "running" not in name:
+            assert torch.equal(last["average"][f"module.{name}"], tensor), name
+
+
 def of_step(run: Path, step: int) -> Path:
     (path,) = (run / "checkpoints").glob(f"step-{step:08d}-*.pt")
     return path

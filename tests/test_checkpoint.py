@@ -268,7 +268,7 @@ def test_a_checkpoint_takes_the_place_of_another_of_its_step(run: Path) -> None:
 
 
 def test_resume_from_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="resume: there is no checkpoint at"):
+    with pytest.raises(ValueError, match="RUN: there is no checkpoint at"):
         checkpoint.load_newest(tmp_path, print)
 
 

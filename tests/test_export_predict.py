@@ -216,4 +216,4 @@ def test_a_missing_library_is_named(
 def test_a_run_that_is_none(command: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name, *rest = command
     assert main([name, "nowhere", *rest]) == 2
-    assert capsys.readouterr().err.startswith("error: resume: there is no checkpoint at nowhere")
+    assert capsys.readouterr().err.startswith("error: RUN: there is no checkpoint at nowhere")

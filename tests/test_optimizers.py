@@ -198,12 +198,47 @@ def test_a_run_is_resumed_to_the_bit(run: Callable[..., dict[str, Any]]) -> None
     assert whole["optimizer"]["param_groups"][0]["eps"] == 1e-7
 
 
+def test_a_changed_setting_counts_when_a_run_is_resumed(
+    run: Callable[..., dict[str, Any]], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """With allow_config_change: the state stays where it means the same, and begins anew where it does not."""
+    steps = run("begun", "epochs=1")["optimizer"]["state"][0]["step"]
+
+    def resumed(name: str, *overrides: str) -> tuple[dict[str, Any], bool]:
+        others = f"resume={tmp_path / 'begun'}", "allow_config_change=true", *overrides
+        state = run(name, "epochs=2", *others)["optimizer"]
+        anew = "the state of the optimizer begins anew" in capfd.readouterr().err
+        last = next(iter(state["state"].values()))
+        assert "step" not in last or last["step"] == (steps if anew else 2 * steps)
+        return state, anew
+
+    state, anew = resumed("decayed", "optimizer.weight_decay=0.3")
+    assert [group["weight_decay"] for group in state["param_groups"]] == [0.3]
+    assert not anew
+    state, anew = resumed("apart", "optimizer.decay_norm_and_bias=false")
+    assert [group["weight_decay"] for group in state["param_groups"]] == [0.05, 0.0]
+    assert anew
+    state, anew = resumed("argument", "optimizer.arguments.amsgrad=true", "optimizer.arguments.betas=[0.8,0.9]")
+    assert list(state["param_groups"][0]["betas"]) == [0.8, 0.9]
+    assert anew
+    state, anew = resumed("frozen", "frozen=[0]")
+    assert len(state["state"]) == 4
+    assert anew
+    state, anew = resumed("kind", "optimizer.kind=nadam")
+    assert "mu_product" in state["state"][0]
+    assert anew
+
+
 def test_settings_come_back_from_their_yaml(tmp_path: Path) -> None:
     overrides = ["optimizer.kind=adamw", "optimizer.arguments.eps=1e-6", "optimizer.arguments.amsgrad=true"]
     config = load(Config, None, [*overrides, "optimizer.arguments.betas=[0.9,0.95]"])
     assert config.optimizer.arguments == {"eps": 1e-6, "amsgrad": True, "betas": [0.9, 0.95]}
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load(Config, tmp_path / "config.yaml", []) == config
+    others = [f"optimizer.arguments.{name}=null" for name in ("betas", "amsgrad")]
+    assert load(Config, tmp_path / "config.yaml", [*others, "optimizer.kind=adagrad"]).optimizer.arguments == {
+        "eps": 1e-6
+    }
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,11 @@ def test_a_run_that_ends_within_the_steps_leaves_what_it_has(tmp_path: Path) -> 
         assert [event["name"] for event in found] == names
 
 
+def test_a_profile_after_the_run_is_refused(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(runs / "recipe.yaml"), f"run_dir={runs / 'after'}", "profile.steps=[10,12]"]) == 2
+    assert "must begin before the last of the run's 10 updates, got [10, 12]" in capsys.readouterr().err
+
+
 def test_a_profile_that_cannot_be_written_costs_a_line(tmp_path: Path) -> None:
     lines: list[str] = []
     profiler = StepProfiler((0, 1), tmp_path / "gone", CPU, lines.append)

@@ -15,7 +15,7 @@ class OptimizerSettings:
     kind: str = "sgd"
     """An optimizer of torch.optim in lower case (sgd, adamw, rmsprop, …), or an import path package.module:Class."""
     arguments: dict[str, Any] = field(default_factory=dict, hash=False)
-    """Further arguments of its class, such as {betas: [0.9, 0.95]} of adamw."""
+    """Further arguments of its class, such as {betas: [0.9, 0.95]} of adamw; one that is null is left out."""
     learning_rate: float = 0.1
     """Peak learning rate, at a global batch of reference_batch_size images."""
     reference_batch_size: int | None = None
@@ -48,7 +48,8 @@ class OptimizerSettings:
                 f"optimizer.momentum and optimizer.nesterov are for optimizer.kind=sgd, got kind={self.kind}, "
                 f"momentum={self.momentum} and nesterov={self.nesterov}: give {self.kind}'s own in optimizer.arguments"
             )
-        object.__setattr__(self, "arguments", {name: plain(value) for name, value in self.arguments.items()})
+        arguments = {name: plain(value) for name, value in self.arguments.items()}
+        object.__setattr__(self, "arguments", {name: v for name, v in arguments.items() if v is not None})
 
 
 @dataclass(frozen=True)
