@@ -210,10 +210,12 @@ def is_finished(state: checkpoint.State, config: Config) -> bool:
 def _check_settings(experiment: Experiment, path: Path, state: checkpoint.State) -> None:
     """ValueError where settings that must stay have changed; where they may, what follows from it in ``state``."""
     settings, config = fixed_settings(experiment), experiment.config
+    # A checkpoint of before there was a setting was trained with its default.
+    saved = {name: value for name, value in flat(to_dict(Config())).items() if name in settings} | state["settings"]
     different = [
-        f"{name}={settings.get(name)} (checkpoint: {state['settings'].get(name)})"
-        for name in sorted(settings.keys() | state["settings"].keys())
-        if settings.get(name) != state["settings"].get(name)
+        f"{name}={settings.get(name)} (checkpoint: {saved.get(name)})"
+        for name in sorted(settings.keys() | saved.keys())
+        if settings.get(name) != saved.get(name)
     ]
     if different and not config.allow_config_change:
         raise ValueError(

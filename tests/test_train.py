@@ -369,6 +369,26 @@ def test_resume_with_other_settings(here: Path, capsys: pytest.CaptureFixture[st
     assert "has completed all of its 4 epochs" in line
 
 
+def test_a_checkpoint_of_before_there_was_a_setting(
+    here: Path, capsys: pytest.CaptureFixture[str], job: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was trained with the setting's default."""
+    load_newest = checkpoint.load_newest
+
+    def load_older(*arguments: Any) -> tuple[Path, dict[str, Any]]:
+        path, state = load_newest(*arguments)
+        for name in ("regularizer.method", "optimizer.kind", "averaging.kind", "frozen"):
+            del state["settings"][name]
+        del state["average"]
+        return path, state
+
+    monkeypatch.setattr(checkpoint, "load_newest", load_older)
+    line = train(here, capsys, f"resume={job['run']}", "run_dir=other", "epochs=6", "optimizer.kind=adamw")
+    assert "was trained with other settings: optimizer.kind=adamw (checkpoint: sgd): give" in line
+    line = train(here, capsys, f"resume={job['run']}", "run_dir=other")
+    assert "has completed all of its 4 epochs" in line
+
+
 def test_broken_shards(here: Path, capsys: pytest.CaptureFixture[str], small_data: Path) -> None:
     def broken(name: str) -> Path:
         shutil.copytree(small_data, here / name)
