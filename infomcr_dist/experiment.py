@@ -16,16 +16,7 @@ from infomcr_dist import models
 from infomcr_dist.config import Config
 from infomcr_dist.overhead_budget import OverheadBudget
 from infomcr_dist.world import World
-from pipelines import (
-    Dataset,
-    Loader,
-    LoaderConfig,
-    LocalBatch,
-    Sampler,
-    Split,
-    open_dataset,
-    open_loader,
-)
+from pipelines import Dataset, Loader, LoaderConfig, LocalBatch, Sampler, Split, open_dataset, open_loader
 from pipelines.cores import available_cores
 from pipelines.mixing import MixedLoader, Mixing
 from pipelines.random_streams import Stream, generator, permutation

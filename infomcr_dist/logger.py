@@ -25,7 +25,6 @@ _PIPE_BYTES = 1 << 20
 """Room for some thousand steps"""
 _READ_BYTES = 1 << 16
 _CLOSE_SECONDS = 10.0
-Identity = tuple[str, int, str | None]
 
 
 def check_installed(logger: str | None) -> None:
@@ -39,8 +38,8 @@ def check_installed(logger: str | None) -> None:
 
 
 def numbers(record: Record) -> dict[str, float]:
-    """The numbers of a record by name: ``step/loss``, ``evaluation/test/top1_error_ratio``."""
-    prefix = f"{record.kind}/{getattr(record, 'split', '')}".rstrip("/")
+    """The numbers of a record by name: ``step/loss``, ``evaluation/test/averaged/top1_error_ratio``."""
+    prefix = _subject(record)
     values = {field.name: getattr(record, field.name) for field in fields(record) if field.name != "step"}
     return {f"{prefix}/{name}": value + 0 for name, value in values.items() if isinstance(value, int | float)}
 
@@ -56,7 +55,7 @@ class Logger:
     """
 
     def __init__(self, name: str, directory: Path, settings: dict[str, Any], logged: list[Record]) -> None:
-        self._logged = {_identity(record) for record in logged}
+        self._logged = {(_subject(record), record.step) for record in logged}
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(_PROGRAM), str(os.getpid())],
             stdin=subprocess.PIPE,
@@ -81,7 +80,7 @@ class Logger:
 
     def log(self, record: Record) -> None:
         """Log one record, unless the log has it; it is dropped where the process is behind or has failed."""
-        if self._logged and _identity(record) in self._logged:
+        if self._logged and (_subject(record), record.step) in self._logged:
             return
         line = json.dumps([time.time(), record.step, numbers(record)]).encode() + b"\n"
         try:
@@ -117,5 +116,8 @@ class Logger:
         self._reports.close()
 
 
-def _identity(record: Record) -> Identity:
-    return record.kind, record.step, getattr(record, "split", None)
+def _subject(record: Record) -> str:
+    """What its numbers are of: ``step``, ``evaluation/test``, ``metric/averaged``."""
+    weights = getattr(record, "weights", "current")
+    parts = (record.kind, getattr(record, "split", ""), "" if weights == "current" else weights)
+    return "/".join(filter(None, parts))

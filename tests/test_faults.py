@@ -19,7 +19,6 @@ from benchmarks import hosts as network
 from infomcr_dist import checkpoint
 from infomcr_dist.train import main
 
-pytestmark = pytest.mark.job
 RECIPE = """
 model: plain_net:build_with_norm
 epochs: 4

@@ -149,6 +149,11 @@ def test_a_log_has_the_numbers_of_the_records_also_of_a_resumed_run(name: str, t
 def test_what_is_no_number_is_left_out() -> None:
     assert numbers(RestartRecord(3, {"worker_lost": 1}, 2)) == {"restart/world_size": 2}
     assert numbers(NonfiniteRecord(3, ["loss"], 2)) == {"nonfinite/in_a_row": 2}
+    errors = EvaluationRecord(3, 1, "test", 0.5, 0.25, 0.125, 8)
+    averaged = replace(errors, weights="averaged", top1_error_ratio=0.75)
+    assert numbers(errors)["evaluation/test/top1_error_ratio"] == 0.25
+    assert numbers(averaged)["evaluation/test/averaged/top1_error_ratio"] == 0.75
+    assert not numbers(errors).keys() & numbers(averaged).keys(), "two sets of weights are two curves"
     found = numbers(STEP)
     assert found["step/finite"] == 1
     assert found.keys().isdisjoint({"step/step", "step/phase", "step/penalty"})

@@ -89,7 +89,6 @@ def test_gamma_is_its_definition(measured: dict[str, Any], runs: Path, small_dat
     assert (got["trials"], got["singular"]) == (TRIALS, 0)
 
 
-@pytest.mark.job
 def test_the_numbers_do_not_depend_on_the_workers(measured: dict[str, Any], runs: Path) -> None:
     result = launch(2, sys.executable, "-m", "infomcr_dist.measure", "short", "long", *SETTINGS, "output=two", cwd=runs)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -30,7 +30,6 @@ from infomcr_dist.world import SingleProcess
 from pipelines import Split, open_dataset
 from pipelines.options import load
 
-pytestmark = pytest.mark.job
 RECIPE = """
 model: resnet20
 epochs: 4

@@ -15,7 +15,7 @@ class OptimizerSettings:
     kind: str = "sgd"
     """An optimizer of torch.optim in lower case (sgd, adamw, rmsprop, …), or an import path package.module:Class."""
     arguments: dict[str, Any] = field(default_factory=dict, hash=False)
-    """Further arguments of its class, such as {betas: [0.9, 0.95]} of adamw; one that is null is left out."""
+    """Further arguments of its class, such as {betas: [0.9, 0.95]} of adamw; null: its default."""
     learning_rate: float = 0.1
     """Peak learning rate, at a global batch of reference_batch_size images."""
     reference_batch_size: int | None = None
