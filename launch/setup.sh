@@ -37,12 +37,12 @@ if [[ ! -x .venv/bin/python || $(.venv/bin/python -V 2>&1) != "$("$python" -V)" 
     rm -rf .venv
     "$python" -m venv .venv || fail "the virtual environment could not be made (Debian, Ubuntu: apt-get install python3-venv)"
 fi
-# pip compiles in one process what is then compiled in one a core.
-install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt "$@"; }
+# Python compiles a module when it is first imported: most of what is installed here never is.
+install() { .venv/bin/python -m pip install -qq --disable-pip-version-check --no-compile --constraint constraints.txt "$@"; }
 
 if [[ $engine == horovod ]]; then tools=(cmake numpy torch); else tools=(); fi
 step "installing the build tools"
-install setuptools wheel "${tools[@]}" || fail "torch or the build tools could not be installed (pip's reason is above): is the package index reachable, is there room on the disk (df -h .)?"
+{ install pip && install setuptools wheel "${tools[@]}"; } || fail "torch or the build tools could not be installed (pip's reason is above): is the package index reachable, is there room on the disk (df -h .)?"
 if [[ $engine == horovod ]]; then
     wheel=$(launch/build_horovod.sh "$PWD/.venv/bin/python") || fail "Horovod could not be built (the reason is above); make setup ENGINE=torch does without"
     step "installing Horovod"
@@ -50,7 +50,6 @@ if [[ $engine == horovod ]]; then
 fi
 step "installing the project and its dependencies"
 install --no-build-isolation --editable '.[dev]' || fail "the dependencies could not be installed (pip's reason is above): is the package index reachable, is there room on the disk (df -h .)?"
-.venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null || true    # some packages hold files of other languages
 imports="nvidia.dali, infomcr_dist"
 [[ $engine == torch ]] || imports="horovod.torch, $imports"
 .venv/bin/python -W ignore -c "import $imports" || fail "the installed packages do not import (the reason is above): remove .venv and repeat"
