@@ -78,8 +78,8 @@ def check_derivative(alpha: float, derivative: str, step: Step, params: Params, 
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha must be positive, got {alpha}")
     if step not in ("alpha", "auto"):
-        if not isinstance(step, int | float) or not 0 < step < 1:
-            raise ValueError(f"step must be 'alpha', 'auto' or a number between 0 and 1, got {step!r}")
+        if not isinstance(step, int | float) or not 0 < abs(step) < 1:
+            raise ValueError(f"step must be 'alpha', 'auto' or a number between -1 and 1 that is not 0, got {step!r}")
         if derivative == "exact":
             raise ValueError(f"derivative='exact' takes no step, got step={step}: use derivative='finite_difference'")
         if autocast_type(params) == torch.float16:

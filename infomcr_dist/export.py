@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from infomcr_dist import checkpoint
 from infomcr_dist.cli import EXPORT
 from infomcr_dist.config import ExportSettings
-from infomcr_dist.precision import set_ieee_float32
+from infomcr_dist.precision import set_float32_precision
 from infomcr_dist.trained import Trained, load_trained
 from pipelines.options import load
 
@@ -131,7 +131,7 @@ def main(arguments: list[str]) -> int:
 
 def _main(paths: list[str], overrides: list[str]) -> int:
     settings = load(ExportSettings, None, overrides)
-    set_ieee_float32()
+    set_float32_precision()
     trained = load_trained(Path(paths[0]), settings.model, torch.device("cpu"), settings.weights)
     try:
         contents = {"safetensors": to_safetensors(trained), "onnx": to_onnx(trained)}

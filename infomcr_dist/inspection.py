@@ -39,7 +39,7 @@ from infomcr_dist.functional import (
 )
 from infomcr_dist.graph import accumulators, dependencies
 from infomcr_dist.passes import repeatable
-from infomcr_dist.precision import full_precision, math_attention
+from infomcr_dist.precision import full_precision, math_attention, rounds_float32
 
 SECOND_DERIVATIVE_TOLERANCE = 0.01
 _REENTRANT = "CheckpointFunctionBackward"
@@ -76,8 +76,9 @@ def resolve_scheme(
         inspect(model, criterion, params, batch)
         return Scheme("finite_difference", alpha, rho, method)
     few_bits, autocast = low_precision(params), autocast_type(params)
-    if step == "auto":  # under autocast a step of length alpha drowns in rounding
-        rounds = autocast == torch.bfloat16 and not few_bits and len(devices(params)) == 1
+    if step == "auto":  # under autocast and in TF32 a step of length alpha drowns in rounding
+        rounded = autocast == torch.bfloat16 or (autocast is None and any(map(rounds_float32, devices(params))))
+        rounds = rounded and not few_bits and len(devices(params)) == 1
         step = RELATIVE_STEP if rounds and derivative != "exact" else "alpha"
     longer = step != "alpha"
     if derivative != "auto":

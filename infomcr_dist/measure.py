@@ -32,7 +32,7 @@ from infomcr_dist.engines import run_in_world
 from infomcr_dist.evaluate import Curvature, Errors, estimate_curvature, estimate_robustness, evaluate
 from infomcr_dist.experiment import compute_threads, eval_loader_config, measured_images, open_data, select_splits
 from infomcr_dist.functional import dot, functional_loss, trainable_parameters
-from infomcr_dist.precision import set_ieee_float32
+from infomcr_dist.precision import set_float32_precision
 from infomcr_dist.records import finite
 from infomcr_dist.regularizer import sub_batch_penalty
 from infomcr_dist.signals import StopRequest
@@ -86,6 +86,7 @@ def measure(path: Path, settings: MeasureSettings, world: World) -> Measurement:
     criterion = torch.nn.functional.cross_entropy
     scaled = criterion if settings.logit_scale is None else logit_scaled(criterion, settings.logit_scale)
     bf16 = config.precision == "bf16"
+    set_float32_precision(config.precision == "tf32")
     train_errors = evaluate(model, train_loader, train, settings.batch_size, world, bf16=bf16)
     test_errors = evaluate(model, test_loader, test, settings.batch_size, world, bf16=bf16)
     curvature = estimate_curvature(model, train_loader, measured, metric, settings.seed, world, scaled)
@@ -227,7 +228,6 @@ def _main(arguments: list[str]) -> int:
         settings = load(MeasureSettings, None, overrides)
     except ValueError as error:
         mistake = error  # raised once the workers are connected, so that rank 0 alone reports it
-    set_ieee_float32()
 
     def body(world: World) -> int:
         with world.synchronize_errors():

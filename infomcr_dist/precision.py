@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 _FULL = "ieee"
+_TF32 = "tf32"
 # From the general to the particular: a precision that is not set follows the one above it.
 _PRECISIONS = (
     ("generic", "all"),
@@ -97,18 +98,31 @@ def math_attention() -> AbstractContextManager[None]:
     return _attention()
 
 
-def set_ieee_float32() -> None:
+def set_float32_precision(tf32: bool = False) -> None:
     """IEEE float32 in every float32 product and convolution of this process, of any backend, from now on.
 
     What cuDNN does on its own is TF32. Torch keeps two sets of flags, and refuses to read the older, such as
     `torch.backends.cudnn.allow_tf32`, where the two differ: both are set.
+
+    Args:
+        tf32: TF32 in those of an NVIDIA GPU.
     """
-    torch._C._set_cudnn_allow_tf32(False)
+    torch._C._set_cudnn_allow_tf32(tf32)
     torch.set_float32_matmul_precision("highest")
     put: Any = torch._C._set_fp32_precision_setter
     for where in _PRECISIONS:
         put(*where, "none")
     put(*_PRECISIONS[0], _FULL)
+    if tf32:
+        torch.set_float32_matmul_precision("high")
+        put("cuda", "conv", _TF32)
+        put("cuda", "rnn", _TF32)
+
+
+def rounds_float32(device: torch.device) -> bool:
+    """Whether `device` takes float32 matrix products in TF32, which torch does only where it is asked to."""
+    get: Any = torch._C._get_fp32_precision_getter
+    return device.type == "cuda" and bool(get("cuda", "matmul") == _TF32)
 
 
 def set_deterministic(deterministic: bool) -> None:

@@ -27,7 +27,7 @@ from infomcr_dist.cli import PREDICT
 from infomcr_dist.config import PredictSettings
 from infomcr_dist.evaluate import evaluating
 from infomcr_dist.experiment import compute_threads, eval_loader_config
-from infomcr_dist.precision import set_ieee_float32
+from infomcr_dist.precision import set_float32_precision
 from infomcr_dist.trained import Trained, load_trained
 from infomcr_dist.world import SingleProcess
 from pipelines import Dataset, evaluation_batches, open_loader
@@ -53,6 +53,7 @@ def logits(trained: Trained, images: LooseImages, world: SingleProcess) -> Itera
         settings = replace(settings, backend="torch")
     loader = open_loader(split, replace(settings, on_error="stop"))
     bf16 = config.precision == "bf16"
+    set_float32_precision(config.precision == "tf32")
     try:
         with evaluating(trained.model), torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
             for _, batch, _ in loader.batches(evaluation_batches(len(split), size, 0, 1)):
@@ -85,7 +86,6 @@ def main(arguments: list[str]) -> int:
 
 def _main(paths: list[str], overrides: list[str]) -> int:
     settings = load(PredictSettings, None, overrides)
-    set_ieee_float32()
     torch.set_num_threads(compute_threads(settings.threads, 1))
     world = SingleProcess()
     trained = load_trained(Path(paths[0]), settings.model, world.device, settings.weights)

@@ -221,8 +221,9 @@ def regularized_backward(
         step: Length of the finite difference's step.
             "alpha": the paper's; its passes run outside autocast with TF32 off, where it is noise.
             A number rho: epsilon_i = rho |w| / |g_i|, weighted alpha / epsilon_i; its passes run under the caller's
-            autocast.
-            "auto": 3e-3 under autocast to bfloat16, else "alpha". Not for derivative="exact".
+            autocast. A negative one goes uphill, as SAM does.
+            "auto": 3e-3 under autocast to bfloat16, and on a GPU that takes matrix products in TF32
+            (`torch.backends.cuda.matmul.fp32_precision`), else "alpha". Not for derivative="exact".
         method: What R compares the loss at w with; the table of `infomcr_dist.methods` has them all. All but "infomcr"
             take passes under the caller's autocast, and no `estimator="reference"`, `derivative="exact"` or `step`.
             "infomcr": the loss after a step along -g_i: the paper's.

@@ -16,6 +16,7 @@ from infomcr_dist.config import RegularizerSettings
 from infomcr_dist.estimators import Estimator
 from infomcr_dist.first_order import Penalty
 from infomcr_dist.graphs import Graphs, update
+from infomcr_dist.precision import rounds_float32
 from infomcr_dist.regularizer import Losses, plain_backward, regularized_backward
 from infomcr_dist.world import World
 
@@ -34,9 +35,9 @@ class PenaltySettings:
     method: Method = "infomcr"
     rho: float | None = None
 
-    def of(self, images: int, bf16: bool) -> Penalty:
-        """The same for `FirstOrder`, of a batch of so many images."""
-        step = (RELATIVE_STEP if bf16 else "alpha") if self.step == "auto" else self.step
+    def of(self, images: int, rounded: bool) -> Penalty:
+        """The same for `FirstOrder`, of a batch of so many images, in passes that round as bfloat16 or TF32 does."""
+        step = (RELATIVE_STEP if rounded else "alpha") if self.step == "auto" else self.step
         sub_batches = images // self.sub_batch_size
         relative = None if step == "alpha" else float(step)
         rho = relative if self.method == "infomcr" else self.rho
@@ -100,11 +101,12 @@ def train_step(
     images, labels = batch
     clock = _Clock(images.device)
     fraction = loss_scale / world.size
-    if graphs is not None and not _captures(penalty, len(labels), bf16, max_batch_size):
+    rounded = bf16 or rounds_float32(images.device)
+    if graphs is not None and not _captures(penalty, len(labels), rounded, max_batch_size):
         graphs = None
     buffers: list[tuple[Tensor, Tensor]] = []
     if graphs is not None:
-        beta, kind = (0.0, None) if penalty is None else (penalty.beta, penalty.of(len(labels), bf16))
+        beta, kind = (0.0, None) if penalty is None else (penalty.beta, penalty.of(len(labels), rounded))
         local = Losses(*graphs.backward(images, labels, kind, beta, loss_scale))
     else:
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -136,20 +138,20 @@ def train_step(
     return StepResult(loss, penalty_value, gradient_norm, bool(finite), summed_flags, local, *clock.seconds())
 
 
-def _captures(penalty: PenaltySettings | None, count: int, bf16: bool, max_batch_size: int | None) -> bool:
+def _captures(penalty: PenaltySettings | None, count: int, rounded: bool, max_batch_size: int | None) -> bool:
     """Whether `Graphs` takes a step of so many images."""
     if count == 0 or (max_batch_size is not None and count > max_batch_size):
         return False
     return penalty is None or (
         not count % penalty.sub_batch_size
-        and first_order_only(penalty.estimator, penalty.derivative, penalty.step, bf16)
+        and first_order_only(penalty.estimator, penalty.derivative, penalty.step, rounded)
     )
 
 
-def first_order_only(estimator: Estimator, derivative: str, step: Step, bf16: bool) -> bool:
+def first_order_only(estimator: Estimator, derivative: str, step: Step, rounded: bool) -> bool:
     """Whether regularized steps of these settings are what `FirstOrder` takes: first-order passes, all of them in the
-    precision of the run, where the paper's step would be noise in bfloat16."""
-    return estimator != "reference" and derivative != "exact" and not (bf16 and step == "alpha")
+    precision of the run, where the paper's step would be noise if that is bfloat16 or TF32."""
+    return estimator != "reference" and derivative != "exact" and not (rounded and step == "alpha")
 
 
 class _Clock:

@@ -34,7 +34,7 @@ from infomcr_dist.config import Config
 from infomcr_dist.engines import run_in_world
 from infomcr_dist.first_order import FirstOrder
 from infomcr_dist.graphs import Graphs
-from infomcr_dist.precision import set_deterministic, set_ieee_float32
+from infomcr_dist.precision import set_deterministic, set_float32_precision
 from infomcr_dist.progress import Durations, epoch_line, summary
 from infomcr_dist.records import (
     EndRecord,
@@ -265,7 +265,10 @@ def build_graphs(run: Run, criterion: nn.Module) -> Graphs | None:
     except ValueError as reason:
         run.telemetry.message(f"steps {eagerly}: {reason}")
         return None
-    if settings.when != "never" and not first_order_only(settings.estimator, settings.derivative, settings.step, bf16):
+    rounded = config.precision != "fp32"
+    if settings.when != "never" and not first_order_only(
+        settings.estimator, settings.derivative, settings.step, rounded
+    ):
         run.telemetry.message(
             f"regularized steps {eagerly}: precision={config.precision}, estimator={settings.estimator}, "
             f"derivative={settings.derivative}, step={settings.step}"
@@ -288,7 +291,7 @@ def _main(arguments: list[str], stop: StopRequest) -> int:
         config = load(Config, Path(recipe), overrides)
     except ValueError as error:
         mistake = error  # raised once the workers are connected, so that rank 0 alone reports it
-    set_ieee_float32()
+    set_float32_precision(config.precision == "tf32")
     set_deterministic(config.deterministic)
 
     def body(world: World) -> int:

@@ -137,7 +137,7 @@ def test_a_run_has_one_precision_which_both_sets_of_flags_show() -> None:
     run_fresh(
         "import warnings; warnings.simplefilter('error')\n"
         "import torch\n"
-        "from infomcr_dist.precision import full_precision, set_ieee_float32\n"
+        "from infomcr_dist.precision import full_precision, set_float32_precision\n"
         "get, put = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter\n"
         "def older(): torch.backends.cudnn.allow_tf32 = True\n"
         "befores = [lambda: None, older, lambda: put('generic', 'all', 'tf32'), lambda: put('cuda', 'conv', 'tf32'),\n"
@@ -150,10 +150,33 @@ def test_a_run_has_one_precision_which_both_sets_of_flags_show() -> None:
         "    with torch.backends.cudnn.flags(enabled=True): pass  # which reads the older flag\n"
         "for before in befores:\n"
         "    before()\n"
-        "    set_ieee_float32()\n"
+        "    set_float32_precision()\n"
         "    check()\n"
         "    with full_precision(torch.device('cpu')): check()\n"
         "    check()\n"
+    )
+
+
+def test_tf32_is_a_gpu_s_alone_and_ends_in_full_precision() -> None:
+    run_fresh(
+        "import warnings; warnings.simplefilter('error')\n"
+        "import torch\n"
+        "from infomcr_dist.precision import full_precision, rounds_float32, set_float32_precision\n"
+        "get, gpu, cpu = torch._C._get_fp32_precision_getter, torch.device('cuda'), torch.device('cpu')\n"
+        "def found(backend): return {get(backend, operation) for operation in ('matmul', 'conv', 'rnn')}\n"
+        "assert not rounds_float32(gpu)\n"
+        "for _ in range(2):\n"
+        "    set_float32_precision(tf32=True)\n"
+        "    for _ in range(2):\n"
+        "        assert found('cuda') == {'tf32'} and torch.get_float32_matmul_precision() == 'high'\n"
+        "        assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32\n"
+        "        assert rounds_float32(gpu) and not rounds_float32(cpu)\n"
+        "        with full_precision(cpu):\n"
+        "            assert found('cuda') == {'ieee'} and not rounds_float32(gpu)\n"
+        "    set_float32_precision()\n"
+        "    assert found('cuda') == {'ieee'} and not rounds_float32(gpu)\n"
+        "torch.set_float32_matmul_precision('high')\n"
+        "assert rounds_float32(gpu), 'as a user of the library asks for it'\n"
     )
 
 

@@ -103,3 +103,9 @@ def test_training_is_refused_before_anything_is_written(
         "error: model=checked:batch_statistics: the Gram matrix of gamma_hat does not work with this model"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_tf32_without_a_gpu_is_refused() -> None:
+    message = r"^precision=tf32 needs a GPU of compute capability 8\.0 or later, this worker computes on cpu: use fp32$"
+    with pytest.raises(ValueError, match=message):
+        checked("checked:good", replace(CONFIG, precision="tf32"))

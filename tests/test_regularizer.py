@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from infomcr_dist import regularized_backward
+from infomcr_dist import inspection, regularized_backward
 from infomcr_dist.functional import Params, functional_loss, trainable_parameters
 from infomcr_dist.regularizer import finite_difference_error, plain_backward, sub_batch_penalty
 
@@ -518,7 +518,7 @@ def test_the_penalty_survives_autocast(estimator: Any, derivative: Any) -> None:
     assert relative(grads(model).double() - plain.double(), BETA * expected) < 0.01
 
 
-@pytest.mark.parametrize("rho", [1e-6, 1e-3, 0.3])
+@pytest.mark.parametrize("rho", [1e-6, 1e-3, 0.3, -1e-3, -0.3])
 def test_a_quadratic_gives_the_exact_product_at_any_step(rho: float) -> None:
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(5, dtype=torch.float64, generator=generator)
@@ -539,11 +539,23 @@ def test_a_quadratic_gives_the_exact_product_at_any_step(rho: float) -> None:
     torch.testing.assert_close(result.penalty, torch.stack(parts).mean(), rtol=1e-8, atol=0)
 
 
-def test_the_error_of_a_longer_step_falls_with_it() -> None:
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_error_of_a_longer_step_falls_with_it(sign: int) -> None:
     loss_fn, params, batch = functional_loss(smooth_net()), trainable_parameters(smooth_net()), batch_of()
-    errors = [finite_difference_error(loss_fn, params, batch, ALPHA, rho) for rho in (1e-2, 1e-3, 1e-4, 1e-5)]
+    errors = [finite_difference_error(loss_fn, params, batch, ALPHA, sign * rho) for rho in (1e-2, 1e-3, 1e-4, 1e-5)]
     for error, smaller in itertools.pairwise(errors):
         assert smaller == pytest.approx(error / 10, rel=0.1)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_gpu_that_takes_products_in_tf32_takes_a_longer_step(rounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspection, "rounds_float32", lambda device: rounded)
+    batch, found = batch_of(), []
+    for step in ("auto", 3e-3 if rounded else "alpha"):
+        model = smooth_net()
+        run(model, batch, {}, step=step)
+        found.append(grads(model))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("how", [{}, {"estimator": "reference"}, {"estimator": "sampled", "num_sampled": 4}])
@@ -769,8 +781,8 @@ def test_a_step_holds_at_most_two_more_copies_of_the_parameters(how: dict[str, A
         ({"alpha": 0.0}, "alpha must be positive, got 0.0"),
         ({"alpha": float("nan")}, "alpha must be positive, got nan"),
         ({"derivative": "euler"}, "derivative must be one of finite_difference, exact, got 'euler'"),
-        ({"step": "far"}, "step must be 'alpha', 'auto' or a number between 0 and 1, got 'far'"),
-        ({"step": 2.0}, "step must be 'alpha', 'auto' or a number between 0 and 1, got 2.0"),
+        ({"step": "far"}, "step must be 'alpha', 'auto' or a number between -1 and 1 that is not 0, got 'far'"),
+        ({"step": 2.0}, "step must be 'alpha', 'auto' or a number between -1 and 1 that is not 0, got 2.0"),
         ({"step": 1e-3, "derivative": "exact"}, "derivative='exact' takes no step, got step=0.001"),
     ],
 )

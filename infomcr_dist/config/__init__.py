@@ -96,9 +96,10 @@ class Config:
     """CPU threads a worker computes with; null: OMP_NUM_THREADS, else its share of the cores that may be used."""
     compile: bool = False
     """Compile the passes with torch.compile: a minute at the start, and a C compiler, for faster steps on a GPU."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the passes in training and evaluation; fp32: IEEE float32, not TF32, in plain and regularized steps; bf16:
-    autocast, with weights and their update in fp32. The metric is always taken in fp32."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Of the passes in training and evaluation; fp32: IEEE float32, not TF32, in plain and regularized steps; tf32:
+    TF32 in matrix products and convolutions of a GPU; bf16: autocast, with weights and their update in fp32. The metric
+    is always taken in fp32."""
     deterministic: bool = True
     """Whether a GPU gives the same bits every time, so that a resumed run is the same bit for bit; false: it takes the
     fastest algorithm of each operation, and a resumed run is the same to rounding. A CPU is deterministic anyway."""

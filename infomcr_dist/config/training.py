@@ -142,7 +142,7 @@ class RegularizerSettings:
     """For infomcr: the paper's g − h, or its limit αHg; auto: the difference, unless it would be noise."""
     step: float | Literal["alpha", "auto"] = "auto"
     """For infomcr: length of the difference's step. alpha: the paper's, in float32; a number: relative to the length of
-    the weights, in the run's precision; auto: 0.003 in mixed precision, else alpha."""
+    the weights, in the run's precision, uphill if negative; auto: 0.003 in tf32 and bf16, else alpha."""
     finite_difference_error_every_steps: int = 0
     """For infomcr: steps between comparisons of the two derivatives on one sub-batch; 0: none."""
 
@@ -172,7 +172,12 @@ class RegularizerSettings:
             require(value is None or value >= 1, f"regularizer.{name}", "at least 1", value)
         require(self.alpha > 0, "regularizer.alpha", "positive", self.alpha)
         relative = self.step if not isinstance(self.step, str) else None
-        require(relative is None or 0 < relative < 1, "regularizer.step", "alpha, auto or between 0 and 1", self.step)
+        require(
+            relative is None or 0 < abs(relative) < 1,
+            "regularizer.step",
+            "alpha, auto or between -1 and 1, and not 0",
+            self.step,
+        )
         if relative is not None and self.derivative == "exact":
             raise ValueError(f"regularizer.derivative=exact takes no regularizer.step, got step={relative}")
         require(self.beta >= 0, "regularizer.beta", "at least 0", self.beta)

@@ -25,7 +25,7 @@ from infomcr_dist.config import Config
 from infomcr_dist.doctor.results import Result, attempt, gigabytes
 from infomcr_dist.experiment import Experiment, compute_threads
 from infomcr_dist.optimizers import build_optimizer
-from infomcr_dist.precision import set_deterministic, set_ieee_float32
+from infomcr_dist.precision import set_deterministic, set_float32_precision
 from infomcr_dist.preflight import check_run
 from infomcr_dist.schedules import LearningRate, PenaltyWeight
 from infomcr_dist.step import PenaltySettings, penalty_settings, train_step
@@ -192,7 +192,7 @@ def step_cost(trial: Trial, local_rank: int, threads: int, room: int, steps: int
     """
     world, room = start_alone(local_rank, threads, room)
     config, size = trial.config, trial.image_size
-    set_ieee_float32()
+    set_float32_precision(config.precision == "tf32")
     set_deterministic(config.deterministic)
     torch.manual_seed(config.seed)
     model = models.build(config.model, trial.classes, size, config.frozen).to(world.device).train()
