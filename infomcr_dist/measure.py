@@ -36,9 +36,9 @@ from infomcr_dist.precision import set_float32_precision
 from infomcr_dist.records import finite
 from infomcr_dist.regularizer import sub_batch_penalty
 from infomcr_dist.signals import StopRequest
-from infomcr_dist.trained import load_trained
+from infomcr_dist.trained import Trained, load_trained
 from infomcr_dist.world import World
-from pipelines import Loader, LocalBatch, Split, open_dataset, open_loader
+from pipelines import Dataset, Loader, LocalBatch, Split, open_dataset, open_loader
 from pipelines.console import lenient
 from pipelines.options import load
 from pipelines.random_streams import Stream, generator, torch_seed
@@ -67,14 +67,21 @@ class Measurement:
     bound: Bound
 
 
-def measure(path: Path, settings: MeasureSettings, world: World) -> Measurement:
-    """All metrics of a checkpoint. Raises `UserError` on every worker if it or its data cannot be read by one."""
+def open_subject(path: Path, settings: MeasureSettings, device: torch.device) -> tuple[Trained, Dataset]:
+    """A checkpoint's network, and the data set to measure it on. Raises ValueError if one of them cannot be read."""
+    trained = load_trained(path, settings.model, device, settings.weights)
+    dataset = open_dataset(settings.data) if settings.data else open_data(trained.config.data.path)
+    if dataset.classes != trained.classes:
+        raise ValueError(
+            f"data: {dataset.path} has other classes than {trained.path} was trained on: give data=DIRECTORY"
+        )
+    return trained, dataset
+
+
+def measure(trained: Trained, dataset: Dataset, settings: MeasureSettings, world: World) -> Measurement:
+    """All metrics of a network. Raises `UserError` on every worker if the data cannot be read by one."""
+    path, config, model = trained.path, trained.config, trained.model
     with world.synchronize_errors():
-        trained = load_trained(path, settings.model, world.device, settings.weights)
-        path, config, model = trained.path, trained.config, trained.model
-        dataset = open_dataset(settings.data) if settings.data else open_data(config.data.path)
-        if dataset.classes != trained.classes:
-            raise ValueError(f"data: {dataset.path} has other classes than {path} was trained on: give data=DIRECTORY")
         splits = select_splits(config, dataset)
         penalty_batch = _SUB_BATCHES * (config.regularizer.sub_batch_size or 0)
         batch_size = max(settings.batch_size, settings.samples, penalty_batch)
@@ -234,8 +241,10 @@ def _main(arguments: list[str]) -> int:
             if mistake is not None:
                 raise mistake
         torch.set_num_threads(compute_threads(settings.threads, world.local_size))
-        measured = (measure(Path(path), settings, world) for path in paths)
-        rows = sorted(measured, key=lambda row: row.curvature.gamma_hat.mean)
+        with world.synchronize_errors():  # of all of them, before the first is measured
+            subjects = [open_subject(Path(path), settings, world.device) for path in paths]
+        rows = [measure(*subject, settings, world) for subject in subjects]
+        rows.sort(key=lambda row: row.curvature.gamma_hat.mean)
         with world.synchronize_errors():
             if world.rank == 0:
                 _write(rows, settings)

@@ -17,9 +17,10 @@ import torch
 from conftest import ENGINES, ROOT, launch, needs_horovod
 
 from benchmarks.hosts import hosts, missing
+from infomcr_dist import models
 from infomcr_dist.config import Config, TelemetrySettings
 from infomcr_dist.doctor import __main__ as command
-from infomcr_dist.doctor import disk, memory, network, software
+from infomcr_dist.doctor import disk, examine, memory, network, software
 from infomcr_dist.doctor.results import Result, lines, show
 from infomcr_dist.experiment import open_experiment
 from infomcr_dist.step import PenaltySettings, StepResult, train_step
@@ -64,12 +65,30 @@ def own_data(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_all_is_ok_on_what_is_sound(small_data: Path, tmp_path: Path) -> None:
-    code, results, output = alone(*small(small_data), cwd=tmp_path)
+    weights = tmp_path / "weights.pt"
+    torch.save(models.build("resnet20", 6, 32).state_dict(), weights)
+    settings = [*small(small_data), "model=resnet20", f"init_from={weights}", "telemetry.logger=tensorboard"]
+    code, results, output = alone(*settings, cwd=tmp_path)
     assert code == 0, output
-    assert {r.check for r in results} == ALONE
+    assert {r.check for r in results} == ALONE | {"init_from", "logger"}
     assert all(r.ok for r in results), output
     assert "\x1b" not in output, "colours are for terminals"
-    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+    assert list(tmp_path.iterdir()) == [weights], "nothing is left behind"
+
+
+def test_initial_weights_of_another_network_and_a_logger_that_is_not_installed_fail(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "weights.pt"
+    torch.save(models.build("resnet20", 6, 32).state_dict(), weights)
+    config = load(Config, None, [*small(small_data), "model=cnn", f"init_from={weights}", "telemetry.logger=wandb"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = {result.check: result for result in examine(config, "default", SingleProcess())}
+    assert not found["init_from"].ok
+    assert re.match(r"init_from: .*weights\.pt .*: give weights of model=cnn", found["init_from"].text)
+    assert not found["logger"].ok
+    assert found["logger"].text.endswith("pip install 'infomcr_dist[wandb]'")
+    assert found["model"].ok
 
 
 def test_broken_things_fail_each_by_itself(own_data: Path, tmp_path: Path) -> None:

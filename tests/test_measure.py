@@ -57,6 +57,14 @@ def test_checkpoints_are_ranked_by_gamma(measured: dict[str, Any], runs: Path) -
     assert (runs / "one.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_every_checkpoint_is_opened_before_the_first_is_measured(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("infomcr_dist.measure.measure", lambda *_: pytest.fail("one was measured"))
+    assert main([str(runs / "short"), str(tmp_path / "none"), *SETTINGS, f"output={tmp_path / 'one'}"]) == 2
+    assert "none" in capsys.readouterr().err
+
+
 def test_gamma_is_its_definition(measured: dict[str, Any], runs: Path, small_data: Path) -> None:
     """Eq. 6 with one backward a sample, in float64, on the images the trials name."""
     state = checkpoint.load_newest(runs / "long", print)[1]

@@ -1,4 +1,4 @@
-"""Whether the data set is there, the model is known, and the run's files can be written."""
+"""Whether the data set is there, the model and its initial weights are known, and the run's files can be written."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from infomcr_dist.config import Config
 from infomcr_dist.doctor.results import Result, attempt, gigabytes
 from infomcr_dist.experiment import Experiment, open_experiment
+from infomcr_dist.initial_weights import load_initial_weights
 from infomcr_dist.world import World
 
 _SPARE_BYTES = 64 << 20
@@ -35,6 +36,8 @@ def check_disk(results: list[Result], config: Config, world: World) -> Experimen
     size = None if experiment is None else attempt(results, "model", model_size, experiment)
     if world.rank == 0:  # the run directory is rank 0's alone
         attempt(results, "run directory", check_directory, config, size)
+        if config.init_from is not None and experiment is not None and size is not None:
+            attempt(results, "init_from", initial_weights, experiment, config.init_from)
     return experiment
 
 
@@ -53,6 +56,11 @@ def model_size(experiment: Experiment) -> ModelSize:
     buffers = sum(b.nbytes for b in model.buffers())
     parameters = sum(p.numel() for p in model.parameters())
     return ModelSize(experiment.config.model, parameters, 2 * weights + buffers)
+
+
+def initial_weights(experiment: Experiment, source: str) -> str:
+    """Which weights a new run begins with; ValueError if they cannot be read, or are another network's."""
+    return load_initial_weights(Path(source), experiment.build_model(), experiment).removeprefix("init_from: ")
 
 
 def check_directory(config: Config, model: ModelSize | None) -> str:
