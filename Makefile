@@ -7,6 +7,8 @@
 .PHONY: setup train test docs chaos gpu-kit check-gpu check-ops
 SHELL := bash
 export ENGINE ?= horovod
+# Whole files in two processes of one thread: many tests wait for workers, so that one process leaves a core idle.
+pytest = OMP_NUM_THREADS=1 python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 launch_horovod = horovodrun -np 2
 launch_torch = torchrun --standalone --nproc-per-node 2 --no-python
 
@@ -17,7 +19,7 @@ train: setup
 	@. .venv/bin/activate && $(launch_$(ENGINE)) python -m infomcr_dist.train $(ARGS)
 
 test: setup
-	@. .venv/bin/activate && ruff check && ruff format --check && mypy && python -m pytest $(ARGS)
+	@. .venv/bin/activate && ruff check && ruff format --check && mypy && $(pytest) $(ARGS)
 
 docs: setup
 	@. .venv/bin/activate && sphinx-build --fail-on-warning --keep-going --fresh-env -q docs docs/_build/html $(ARGS)

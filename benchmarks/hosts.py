@@ -3,11 +3,13 @@
 Needs root, iproute2 and openssh-server. For benchmarks and tests of networks; see `hosts`.
 """
 
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _INTERFACE, _PORT, _BRIDGE = "eth0", 2222, "imbridge"
+_LOCK = Path(tempfile.gettempdir()) / "infomcr_dist_hosts.lock"
 
 
 def missing() -> str | None:
@@ -85,10 +88,14 @@ class Hosts:
 
 @contextmanager
 def namespaces(count: int) -> Iterator[list[Host]]:
-    """Make ``count`` hosts without a server; at the end they are removed, with everything that still runs on them."""
+    """Make ``count`` hosts without a server; at the end they are removed, with everything that still runs on them.
+
+    Waits until no other process of this machine has any: names and addresses are always the same.
+    """
     names = [f"node{i}" for i in range(1, count + 1)]
     table = "127.0.0.1 localhost\n" + "".join(f"10.77.0.{i} {name}\n" for i, name in enumerate(names, 1))
     with ExitStack() as stack:
+        fcntl.flock(stack.enter_context(_LOCK.open("w")), fcntl.LOCK_EX)
         _run("ip", "link", "add", _BRIDGE, "type", "bridge")
         stack.callback(_run, "ip", "link", "del", _BRIDGE)
         _run("ip", "link", "set", _BRIDGE, "up")
