@@ -1,6 +1,7 @@
 """Optimizers by name: torch's own steps, mistakes in one line, steps that are skipped, runs that are resumed."""
 
 import copy
+import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -32,6 +33,9 @@ KINDS = [
     if inspect.isclass(kind) and name not in ("Optimizer", "LBFGS", "SparseAdam", "Muon")
     and issubclass(kind, torch.optim.Optimizer)
 ]  # fmt: skip
+BY_PATH = ["test_optimizers:Lion"]
+if importlib.util.find_spec("pytorch_optimizer"):  # a test dependency
+    BY_PATH += ["pytorch_optimizer:LARS", "pytorch_optimizer:Lamb"]
 PENALTY = PenaltySettings(alpha=1e-4, beta=1.0, sub_batch_size=4)
 
 
@@ -121,7 +125,7 @@ def test_steps_are_those_of_torch_on_its_own(kind: str) -> None:
             assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "test_optimizers:Lion", "fused sgd", "fused adamw"])
+@pytest.mark.parametrize("kind", [*KINDS, *BY_PATH, "fused sgd", "fused adamw"])
 def test_a_skipped_step_leaves_no_trace(kind: str) -> None:
     def build(model: nn.Module) -> torch.optim.Optimizer:
         optimizer = build_optimizer(settings(kind.split()[-1]), model)
@@ -144,7 +148,7 @@ def test_a_skipped_step_leaves_no_trace(kind: str) -> None:
     assert_same(optimizer.state_dict(), without.state_dict())
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "test_optimizers:Lion"])
+@pytest.mark.parametrize("kind", [*KINDS, *BY_PATH])
 def test_the_state_comes_back_from_a_checkpoint_to_the_bit(kind: str, tmp_path: Path) -> None:
     def begin() -> tuple[nn.Module, torch.optim.Optimizer]:
         model = net()
