@@ -67,9 +67,9 @@ class Measurement:
     bound: Bound
 
 
-def open_subject(path: Path, settings: MeasureSettings, device: torch.device) -> tuple[Trained, Dataset]:
+def open_subject(path: Path, settings: MeasureSettings) -> tuple[Trained, Dataset]:
     """A checkpoint's network, and the data set to measure it on. Raises ValueError if one of them cannot be read."""
-    trained = load_trained(path, settings.model, device, settings.weights)
+    trained = load_trained(path, settings.model, torch.device("cpu"), settings.weights)
     dataset = open_dataset(settings.data) if settings.data else open_data(trained.config.data.path)
     if dataset.classes != trained.classes:
         raise ValueError(
@@ -80,7 +80,7 @@ def open_subject(path: Path, settings: MeasureSettings, device: torch.device) ->
 
 def measure(trained: Trained, dataset: Dataset, settings: MeasureSettings, world: World) -> Measurement:
     """All metrics of a network. Raises `UserError` on every worker if the data cannot be read by one."""
-    path, config, model = trained.path, trained.config, trained.model
+    path, config, model = trained.path, trained.config, trained.model.to(world.device)
     with world.synchronize_errors():
         splits = select_splits(config, dataset)
         penalty_batch = _SUB_BATCHES * (config.regularizer.sub_batch_size or 0)
@@ -101,6 +101,7 @@ def measure(trained: Trained, dataset: Dataset, settings: MeasureSettings, world
     penalty = penalty_share(model, train_loader, train, config, settings.seed, world)
     train_loader.close()
     test_loader.close()
+    model.cpu()  # others are measured next
     params = trainable_parameters(model)
     parameters = sum(p.numel() for p in params.values())
     log_volume = settings.log_volume
@@ -242,7 +243,7 @@ def _main(arguments: list[str]) -> int:
                 raise mistake
         torch.set_num_threads(compute_threads(settings.threads, world.local_size))
         with world.synchronize_errors():  # of all of them, before the first is measured
-            subjects = [open_subject(Path(path), settings, world.device) for path in paths]
+            subjects = [open_subject(Path(path), settings) for path in paths]
         rows = [measure(*subject, settings, world) for subject in subjects]
         rows.sort(key=lambda row: row.curvature.gamma_hat.mean)
         with world.synchronize_errors():

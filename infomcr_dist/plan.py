@@ -26,6 +26,7 @@ from infomcr_dist.doctor.memory import first_regularized_step, trials, try_step
 from infomcr_dist.doctor.results import gigabytes
 from infomcr_dist.experiment import Experiment, compute_threads, open_experiment
 from infomcr_dist.optimizers import build_optimizer
+from infomcr_dist.preflight import check_precision
 from infomcr_dist.run import initial_state
 from infomcr_dist.world import SingleProcess
 from pipelines.free_memory import free_memory
@@ -115,8 +116,9 @@ def plan(experiment: Experiment, recipe: str) -> RunPlan:
     """Take the steps and plan the run.
 
     Raises:
-        ValueError: a step does not fit the memory.
+        ValueError: a step does not fit the memory, or this machine does not compute in the run's precision.
     """
+    check_precision(experiment.config.precision, SingleProcess().device)
     config, gpus = experiment.config, experiment.world_size
     threads = compute_threads(config.threads, 1)
     costs = {

@@ -115,6 +115,7 @@ def set_float32_precision(tf32: bool = False) -> None:
     put(*_PRECISIONS[0], _FULL)
     if tf32:
         torch.set_float32_matmul_precision("high")
+        put("mkldnn", "matmul", _FULL)
         put("cuda", "conv", _TF32)
         put("cuda", "rnn", _TF32)
 

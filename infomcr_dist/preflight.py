@@ -96,6 +96,14 @@ def check_model(
                 gradient_gram(functional_loss(own, metric_criterion), trainable_parameters(own), few)
 
 
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuse what the device does not compute in."""
+    if precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+        raise ValueError(
+            f"precision=tf32 needs a GPU of compute capability 8.0 or later, this worker computes on {device}: use fp32"
+        )
+
+
 def check_run(config: Config, classes: int, image_size: int, sub_batch_size: int | None, device: torch.device) -> str:
     """`check_model` of a network of the run's kind, on random images and as far as the run goes.
 
@@ -113,10 +121,7 @@ def check_run(config: Config, classes: int, image_size: int, sub_batch_size: int
         ValueError: In one line, what does not work, and the remedy.
     """
     size, settings = sub_batch_size, config.regularizer
-    if config.precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
-        raise ValueError(
-            f"precision=tf32 needs a GPU of compute capability 8.0 or later, this worker computes on {device}: use fp32"
-        )
+    check_precision(config.precision, device)
     metric = config.metric.trials > 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is slow is reported by the run itself

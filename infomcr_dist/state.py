@@ -183,14 +183,13 @@ def find_directory_and_state(experiment: Experiment, recipe: Path) -> tuple[Path
     config = experiment.config
     directory = Path(config.run_dir) if config.run_dir else None
     occupied = directory is not None and (directory / records.FILE).exists()
-    begun = directory is not None and checkpoint.newest_first(directory / "checkpoints")
-    if config.resume is None or (config.resume == "auto" and not begun):
+    if not resumes(config):
         if occupied and config.resume is None:
             raise ValueError(
                 f"run_dir {directory} holds a run already: resume it with resume=auto, or give another run_dir"
             )
         return directory or Path("runs") / f"{recipe.stem}-{time.strftime('%Y%m%d-%H%M%S')}", None
-    assert directory is not None or config.resume != "auto"
+    assert config.resume is not None
     source = directory if directory and config.resume == "auto" else Path(config.resume)
     path, state = checkpoint.load_newest(source, _report, "resume")
     _check_settings(experiment, path, state)
@@ -200,6 +199,13 @@ def find_directory_and_state(experiment: Experiment, recipe: Path) -> tuple[Path
             "give a larger number to train on"
         )
     return directory or path.parent.parent, state
+
+
+def resumes(config: Config) -> bool:
+    """Whether a run resumes from a checkpoint, and does not begin."""
+    if config.resume != "auto":
+        return config.resume is not None
+    return bool(config.run_dir and checkpoint.newest_first(Path(config.run_dir) / "checkpoints"))
 
 
 def is_finished(state: checkpoint.State, config: Config) -> bool:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from infomcr_dist.checks import RELATIVE_STEP, Step
 from infomcr_dist.estimators import Estimator
 from infomcr_dist.first_order import FirstOrder, Penalty
 from infomcr_dist.graphs import Graphs
@@ -151,21 +152,32 @@ def test_what_a_graph_cannot_hold_is_refused(model: nn.Module, reason: str) -> N
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_the_paper_s_step_is_not_taken_in_bfloat16() -> None:
-    """It would be noise: there its passes run in float32, kernel by kernel."""
-    penalty = PenaltySettings(ALPHA, BETA, 4, step="alpha")
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+@pytest.mark.parametrize("step", ["alpha", "auto"])
+def test_the_paper_s_step_is_not_taken_in_low_precision(
+    step: Step, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be noise: there its passes run in float32, kernel by kernel. auto is the longer step."""
+    bf16 = precision == "bf16"
+    for module in ("step", "inspection"):
+        monkeypatch.setattr(f"infomcr_dist.{module}.rounds_float32", lambda device: not bf16)
+    penalty = PenaltySettings(ALPHA, BETA, 4, step=step)
+    assert penalty.of(12, rounded=True).rho == (None if step == "alpha" else RELATIVE_STEP)
     trained = []
     for by_graphs in (False, True):
         model, criterion, world = network(), nn.CrossEntropyLoss(), SingleProcess()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        passes = FirstOrder(model, criterion, *batch_of(), bf16=True)
+        passes = FirstOrder(model, criterion, *batch_of(), bf16=bf16)
         graphs = Graphs(passes, model, optimizer, world, None) if by_graphs else None
         train_step(
-            model, criterion, optimizer, world, batch_of(), loss_scale=1.0, penalty=penalty, bf16=True, graphs=graphs
+            model, criterion, optimizer, world, batch_of(), loss_scale=1.0, penalty=penalty, bf16=bf16, graphs=graphs
         )
         trained.append(model)
     for one, other in zip(trained[0].parameters(), trained[1].parameters(), strict=True):
-        assert torch.equal(one, other)
+        if step == "alpha":
+            assert torch.equal(one, other), "the same passes"
+        elif not bf16:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("fused", [False, True])

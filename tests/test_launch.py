@@ -194,7 +194,7 @@ JOBS = {
     ),
     # Its output ends later than the other rank, which fails because the first has gone.
     "killed": Job(
-        ("time.sleep(1); sys.exit(1)", "subprocess.Popen(['sleep', '3']); os.kill(os.getpid(), signal.SIGKILL)"),
+        ("time.sleep(4); sys.exit(1)", "subprocess.Popen(['sleep', '3']); os.kill(os.getpid(), signal.SIGKILL)"),
         137,
         r"rank 1 on localhost failed first, with exit code 137 \(SIGKILL\)",
     ),
@@ -229,6 +229,20 @@ def stop(job: subprocess.Popen[str]) -> None:
     assert job.stdout is not None
     assert [job.stdout.readline().partition(":")[2] for _ in range(2)] == ["runs\n"] * 2
     job.terminate()
+
+
+@needs_horovod
+def test_launchers_that_start_at_once_share_their_cache(tmp_path: Path) -> None:
+    """The file in which Horovod keeps what it has found out about hosts is one for all launchers of a user."""
+    code = (
+        "from horovod.runner.util.cache import Cache\n"
+        f"for i in range(300): Cache({str(tmp_path)!r}, 60, 'x').put(i % 7, 'x' * 100_000)\n"
+    )
+    launchers = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for launcher in launchers:
+        _, errors = launcher.communicate(timeout=120)
+        assert launcher.returncode == 0, errors
+    assert [path.name for path in tmp_path.iterdir()] == ["cache.bin"]
 
 
 @needs_horovod

@@ -33,9 +33,13 @@ KINDS = [
     if inspect.isclass(kind) and name not in ("Optimizer", "LBFGS", "SparseAdam", "Muon")
     and issubclass(kind, torch.optim.Optimizer)
 ]  # fmt: skip
-BY_PATH = ["test_optimizers:Lion"]
-if importlib.util.find_spec("pytorch_optimizer"):  # a test dependency
-    BY_PATH += ["pytorch_optimizer:LARS", "pytorch_optimizer:Lamb"]
+NEEDS_IT = pytest.mark.skipif(
+    importlib.util.find_spec("pytorch_optimizer") is None, reason="a test dependency: pip install '.[dev]'"
+)
+BY_PATH = [
+    "test_optimizers:Lion",
+    *(pytest.param(f"pytorch_optimizer:{name}", marks=NEEDS_IT) for name in ("LARS", "Lamb")),
+]
 PENALTY = PenaltySettings(alpha=1e-4, beta=1.0, sub_batch_size=4)
 
 

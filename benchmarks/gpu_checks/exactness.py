@@ -173,7 +173,7 @@ def exactness(context: Context) -> Iterator[Row]:
                 ("exact" if scheme == "exact" else "finite_difference"),
                 (RHO if scheme == "ρ" else "alpha"),
             )
-            if first_order_only(estimator, derivative, step, name == "bf16"):  # type: ignore[arg-type]
+            if first_order_only(estimator, derivative, step, name != "fp32"):  # type: ignore[arg-type]
                 one = by_graph(point, context.device, estimator, scheme, name)
                 errors[f"{estimator}, {scheme}, graph"] = error(one, exact)
         text = ", ".join(f"{key}: {value:.1e}" for key, value in errors.items())

@@ -12,6 +12,7 @@ from infomcr_dist.config import Config
 from infomcr_dist.doctor.results import Result, attempt, gigabytes
 from infomcr_dist.experiment import Experiment, open_experiment
 from infomcr_dist.initial_weights import load_initial_weights
+from infomcr_dist.state import resumes
 from infomcr_dist.world import World
 
 _SPARE_BYTES = 64 << 20
@@ -36,8 +37,9 @@ def check_disk(results: list[Result], config: Config, world: World) -> Experimen
     size = None if experiment is None else attempt(results, "model", model_size, experiment)
     if world.rank == 0:  # the run directory is rank 0's alone
         attempt(results, "run directory", check_directory, config, size)
-        if config.init_from is not None and experiment is not None and size is not None:
-            attempt(results, "init_from", initial_weights, experiment, config.init_from)
+        begins = config.init_from is not None and not resumes(config)
+        if begins and experiment is not None and size is not None:
+            attempt(results, "init_from", initial_weights, experiment)
     return experiment
 
 
@@ -58,9 +60,10 @@ def model_size(experiment: Experiment) -> ModelSize:
     return ModelSize(experiment.config.model, parameters, 2 * weights + buffers)
 
 
-def initial_weights(experiment: Experiment, source: str) -> str:
+def initial_weights(experiment: Experiment) -> str:
     """Which weights a new run begins with; ValueError if they cannot be read, or are another network's."""
-    return load_initial_weights(Path(source), experiment.build_model(), experiment).removeprefix("init_from: ")
+    source = Path(str(experiment.config.init_from))
+    return load_initial_weights(source, experiment.build_model(), experiment).removeprefix("init_from: ")
 
 
 def check_directory(config: Config, model: ModelSize | None) -> str:

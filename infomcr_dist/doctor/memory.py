@@ -233,6 +233,8 @@ def check_preflight(results: list[Result], experiment: Experiment, world: World)
 
 def _check_run(facts: tuple[Config, int, int, int | None], local_rank: int, threads: int, room: int) -> str:
     world, _ = start_alone(local_rank, threads, room)
+    set_float32_precision(facts[0].precision == "tf32")
+    set_deterministic(facts[0].deterministic)
     return check_run(*facts, world.device)
 
 
