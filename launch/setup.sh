@@ -37,7 +37,7 @@ if [[ ! -x .venv/bin/python || $(.venv/bin/python -V 2>&1) != "$("$python" -V)" 
     rm -rf .venv
     "$python" -m venv .venv || fail "the virtual environment could not be made (Debian, Ubuntu: apt-get install python3-venv)"
 fi
-# Python compiles a module when it is first imported: most of what is installed here never is.
+# pip would compile everything, most of which is never imported.
 install() { .venv/bin/python -m pip install -qq --disable-pip-version-check --no-compile --constraint constraints.txt "$@"; }
 
 if [[ $engine == horovod ]]; then tools=(cmake numpy torch); else tools=(); fi
@@ -50,8 +50,9 @@ if [[ $engine == horovod ]]; then
 fi
 step "installing the project and its dependencies"
 install --no-build-isolation --editable '.[dev]' || fail "the dependencies could not be installed (pip's reason is above): is the package index reachable, is there room on the disk (df -h .)?"
-imports="nvidia.dali, infomcr_dist"
-[[ $engine == torch ]] || imports="horovod.torch, $imports"
-.venv/bin/python -W ignore -c "import $imports" || fail "the installed packages do not import (the reason is above): remove .venv and repeat"
+# Compiles what they import, also where PYTHONDONTWRITEBYTECODE is set, by which every start would compile it again.
+imports="nvidia.dali, torch.distributed.run, infomcr_dist.train, infomcr_dist.measure, infomcr_dist.doctor.__main__, infomcr_dist.study.__main__"
+[[ $engine == torch ]] || imports="horovod.torch, horovod.runner.launch, $imports"
+env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -W ignore -c "import $imports" || fail "the installed packages do not import (the reason is above): remove .venv and repeat"
 printf '%s' "$wanted" >"$stamp"
 step "done: . .venv/bin/activate"
