@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _INTERFACE, _PORT, _BRIDGE = "eth0", 2222, "imbridge"
+_NAMESPACES, _MADE = Path("/run/netns"), Path("/etc/netns")
 _LOCK = Path(tempfile.gettempdir()) / "infomcr_dist_hosts.lock"
 
 
@@ -90,12 +91,18 @@ class Hosts:
 def namespaces(count: int) -> Iterator[list[Host]]:
     """Make ``count`` hosts without a server; at the end they are removed, with everything that still runs on them.
 
-    Waits until no other process of this machine has any: names and addresses are always the same.
+    Waits until no other process of this machine has any: names and addresses are always the same. Removes those of a
+    process that was killed.
     """
     names = [f"node{i}" for i in range(1, count + 1)]
     table = "127.0.0.1 localhost\n" + "".join(f"10.77.0.{i} {name}\n" for i, name in enumerate(names, 1))
     with ExitStack() as stack:
         fcntl.flock(stack.enter_context(_LOCK.open("w")), fcntl.LOCK_EX)
+        if Path("/sys/class/net", _BRIDGE).exists():
+            for left in {path.name for folder in (_NAMESPACES, _MADE) for path in folder.glob("node*")}:
+                _remove(left)
+                shutil.rmtree(_MADE / left, ignore_errors=True)
+            _run("ip", "link", "del", _BRIDGE)
         _run("ip", "link", "add", _BRIDGE, "type", "bridge")
         stack.callback(_run, "ip", "link", "del", _BRIDGE)
         _run("ip", "link", "set", _BRIDGE, "up")
@@ -103,7 +110,7 @@ def namespaces(count: int) -> Iterator[list[Host]]:
         for i, name in enumerate(names, 1):
             _run("ip", "netns", "add", name)
             stack.callback(_remove, name)
-            etc = Path("/etc/netns") / name
+            etc = _MADE / name
             etc.mkdir(parents=True)
             stack.callback(shutil.rmtree, etc)
             (etc / "hosts").write_text(table)
@@ -142,11 +149,12 @@ def hosts(count: int, folder: Path) -> Iterator[Hosts]:
 
 def _remove(name: str) -> None:
     """Remove a namespace, after the processes in it, which would keep it and its link."""
-    for process in subprocess.run(["ip", "netns", "pids", name], capture_output=True, check=True).stdout.split():
+    for process in subprocess.run(["ip", "netns", "pids", name], capture_output=True, check=False).stdout.split():
         with suppress(ProcessLookupError):
             os.kill(int(process), signal.SIGKILL)
     subprocess.run(["ip", "link", "del", f"im{name}"], capture_output=True, check=False)
-    _run("ip", "netns", "del", name)
+    if (_NAMESPACES / name).exists():
+        _run("ip", "netns", "del", name)
 
 
 def _wait_for_sshd(made: list[Host]) -> None:
