@@ -63,7 +63,7 @@ sys.exit(main({command.split()!r}))
         ("train", "prepare_run", [], signal.SIGTERM, 75),
         ("train", "run_in_world", [], signal.SIGHUP, 75),
         ("train", "prepare_run", [], signal.SIGINT, 130),
-        ("measure", "measure", ["run"], signal.SIGTERM, 75),
+        ("measure", "open_subject", ["run"], signal.SIGTERM, 75),
     ],
 )
 def test_a_signal_before_there_is_anything_to_save(
