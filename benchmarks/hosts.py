@@ -99,7 +99,7 @@ def namespaces(count: int) -> Iterator[list[Host]]:
     with ExitStack() as stack:
         fcntl.flock(stack.enter_context(_LOCK.open("w")), fcntl.LOCK_EX)
         if Path("/sys/class/net", _BRIDGE).exists():
-            for left in {path.name for folder in (_NAMESPACES, _MADE) for path in folder.glob("node*")}:
+            for left in {path.name for folder in (_NAMESPACES, _MADE) for path in folder.glob("node[0-9]")}:
                 _remove(left)
                 shutil.rmtree(_MADE / left, ignore_errors=True)
             _run("ip", "link", "del", _BRIDGE)

@@ -78,8 +78,8 @@ def resolve_scheme(
     few_bits, autocast = low_precision(params), autocast_type(params)
     if step == "auto":  # under autocast and in TF32 a step of length alpha drowns in rounding
         rounded = autocast == torch.bfloat16 or (autocast is None and any(map(rounds_float32, devices(params))))
-        rounds = rounded and not few_bits and len(devices(params)) == 1
-        step = RELATIVE_STEP if rounds and derivative != "exact" else "alpha"
+        possible = derivative != "exact" and not few_bits and len(devices(params)) == 1
+        step = RELATIVE_STEP if rounded and possible else "alpha"
     longer = step != "alpha"
     if derivative != "auto":
         chosen: Derivative = derivative

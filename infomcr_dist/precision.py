@@ -99,13 +99,13 @@ def math_attention() -> AbstractContextManager[None]:
 
 
 def set_float32_precision(tf32: bool = False) -> None:
-    """IEEE float32 in every float32 product and convolution of this process, of any backend, from now on.
+    """The precision of every float32 product and convolution of this process, from now on: IEEE, or TF32 on a GPU.
 
     What cuDNN does on its own is TF32. Torch keeps two sets of flags, and refuses to read the older, such as
     `torch.backends.cudnn.allow_tf32`, where the two differ: both are set.
 
     Args:
-        tf32: TF32 in those of an NVIDIA GPU.
+        tf32: TF32 in those of an NVIDIA GPU; those of a CPU are IEEE in either case.
     """
     torch._C._set_cudnn_allow_tf32(tf32)
     torch.set_float32_matmul_precision("highest")
@@ -115,7 +115,7 @@ def set_float32_precision(tf32: bool = False) -> None:
     put(*_PRECISIONS[0], _FULL)
     if tf32:
         torch.set_float32_matmul_precision("high")
-        put("mkldnn", "matmul", _FULL)
+        put("mkldnn", "matmul", _FULL)  # which that has set as well
         put("cuda", "conv", _TF32)
         put("cuda", "rnn", _TF32)
 
