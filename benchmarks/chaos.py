@@ -341,14 +341,18 @@ def make_disk(path: Path) -> bool:
     return os.geteuid() == 0 and subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def free_ports(count: int) -> int:
-    """The first of so many free ports in a row."""
+def free_ports(count: int = 1) -> int:
+    """The first of so many free ports in a row.
+
+    They are below those that Linux gives to connections, one of which could take a port before its server does, and at
+    random, for processes that look at the same time.
+    """
     while True:
+        first = random.SystemRandom().randrange(10_000, 32_768 - count)
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            first = stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
-            for port in range(first + 1, first + count):
-                stack.enter_context(socket.create_server(("127.0.0.1", port)))
-            return int(first)
+            for port in range(first, first + count):
+                stack.enter_context(socket.create_server(("", port)))
+            return first
 
 
 def train_alone(engine: str, workers: int, folder: Path, arguments: list[str]) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ENGINES, ROOT, launch, needs_horovod
 
+from benchmarks.chaos import free_ports
 from benchmarks.hosts import hosts, missing
 from infomcr_dist import models
 from infomcr_dist.config import Config, TelemetrySettings
@@ -47,9 +48,10 @@ def alone(*arguments: str, cwd: Path) -> tuple[int, list[Result], str]:
 
 @contextmanager
 def taken_port(offset: int = 0) -> Iterator[int]:
-    """A port P such that P + offset is in use."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield server.getsockname()[1] - offset
+    """A port P such that P + offset is in use, and those before it are free."""
+    port = free_ports(offset + 1)
+    with socket.create_server(("127.0.0.1", port + offset)):
+        yield port
 
 
 def small(data: Path) -> list[str]:
@@ -117,7 +119,8 @@ def test_broken_things_fail_each_by_itself(own_data: Path, tmp_path: Path) -> No
 def test_a_batch_that_does_not_fit_fails(small_data: Path, tmp_path: Path) -> None:
     code, results, output = alone(*small(small_data), "data.image_size=30000", "model=cnn", cwd=tmp_path)
     assert code == 1
-    (red,) = [r for r in results if not r.ok]
+    red, *more = [r for r in results if not r.ok]
+    assert not more
     assert red.check == "memory", output
     assert "lower data.batch_size" in red.text
 
@@ -277,7 +280,8 @@ def test_every_worker_is_checked(small_data: Path, tmp_path: Path, engine: str) 
     results = parse(done.stdout)
     assert done.returncode == 1, done.stderr
     assert {r.check for r in results} == ALONE - ({"torch"} if engine == "horovod" else HOROVOD)
-    (red,) = [r for r in results if not r.ok]
+    red, *more = [r for r in results if not r.ok]
+    assert not more
     assert red.check == "telemetry port"
     assert red.text.startswith(f"rank 1: {port + 1} on 127.0.0.1")
     checks = [r.check for r in results]
@@ -355,9 +359,8 @@ def test_names_of_hosts() -> None:
 
 
 def test_reaching_other_hosts() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_server(("127.0.0.1", 0)) as closed:
-        port, free = server.getsockname()[1], closed.getsockname()[1]
-        closed.close()
+    with taken_port() as port:
+        free = free_ports()
         assert network.reach([("a", "127.0.0.1", port)]) == "1 other host reached"
         with pytest.raises(ValueError, match=r"not reached: b at 127\.0\.0\.1 \(Connection refused\)"):
             network.reach([("a", "127.0.0.1", port), ("b", "127.0.0.1", free)])

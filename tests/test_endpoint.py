@@ -15,6 +15,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry, Gauge
 
+from benchmarks.chaos import free_ports
 from infomcr_dist import endpoint, telemetry
 from infomcr_dist.config import TelemetrySettings
 from infomcr_dist.endpoint import Endpoint
@@ -31,15 +32,9 @@ class Counting(CollectorRegistry):
         return super().collect()
 
 
-def free_port(family: socket.AddressFamily = socket.AF_INET) -> int:
-    with socket.socket(family) as bound:
-        bound.bind(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0))
-        return int(bound.getsockname()[1])
-
-
 @pytest.fixture
 def served() -> Iterator[tuple[Counting, int]]:
-    registry, port = Counting(), free_port()
+    registry, port = Counting(), free_ports()
     Gauge("infomcr_answer", "What is asked for", registry=registry).set(42)
     with closing(Endpoint(registry, "127.0.0.1", port)):
         yield registry, port
@@ -89,7 +84,7 @@ def test_requests_that_do_not_come_are_given_up(
 
 
 def test_addresses() -> None:
-    port = free_port(socket.AF_INET6)
+    port = free_ports()
     with closing(Endpoint(Counting(), "::1", port)):
         scrape(port, "[::1]")
     for address, port in (("no-such-host.invalid", 9500), ("127.0.0.1", 70_000)):
@@ -103,7 +98,7 @@ def test_addresses() -> None:
 def test_the_memory_of_a_rank_is_that_of_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the current device is of the thread that answers."""
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: 1000.0 + (device.index if device else 0))
-    port = free_port()
+    port = free_ports()
     for device, expected in (("cpu", None), ("cuda:3", "infomcr_gpu_memory_bytes 1003.0")):
         settings = TelemetrySettings(port=port)
         run = Telemetry(

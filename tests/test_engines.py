@@ -83,6 +83,10 @@ def test_collectives(reports: list[dict[str, Any]]) -> None:
         assert report["broadcast"] == {"rank": 0}
 
 
+def test_a_worker_that_waits_leaves_the_processor_to_others(reports: list[dict[str, Any]]) -> None:
+    assert all(report["busy seconds"] < 0.1 for report in reports)
+
+
 def test_a_mistake_on_one_worker_ends_all(reports: list[dict[str, Any]]) -> None:
     for report in reports:
         assert report["synchronized"] == [f"trouble on rank {len(reports) - 1}", True]

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +28,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import dashboard, timeseries
 from PIL import Image
 
+from benchmarks.chaos import free_ports
 from infomcr_dist.config import Config
 
 MONITORING = ROOT / "k8s" / "monitoring"
@@ -41,7 +41,7 @@ RECIPE = """
 model: slow_on_demand:build
 epochs: 10000
 data: {path: DATA, augmentation: crop1_flip, global_batch_size: 64}
-schedule: {milestones: [30]}
+schedule: {milestones: [10]}
 optimizer: {learning_rate: 0.05}
 regularizer: {estimator: sampled, overhead_budget: 1.5, sub_batch_size: 8, beta: 5}
 metric: {trials: 4, samples: 8, every_epochs: 10}
@@ -61,19 +61,6 @@ NO_DATA = {
     "annotation Elastic restart": "the number of workers does not change",
 }
 """Queries of the dashboard that return nothing for the run below, and why."""
-
-
-def free_port() -> int:
-    """The first of two neighbouring free ports."""
-    for port in range(30000, 32000, 2):
-        with socket.socket() as a, socket.socket() as b:
-            try:
-                a.bind(("127.0.0.1", port))
-                b.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return port
-    raise AssertionError("no free port")
 
 
 def wait(condition: Callable[[], Any], seconds: float, what: str) -> Any:
@@ -292,7 +279,7 @@ def watched(
     """A run that lasts until the end of the tests, scraped every second; `Webhook` receives its alerts."""
     programs = [debian_program(name, name) for name in ("prometheus", "prometheus-alertmanager")]
     folder = tmp_path_factory.mktemp("watched")
-    training, prometheus, alertmanager = free_port(), *free_ports(2)
+    training, prometheus, alertmanager = free_ports(2), free_ports(), free_ports()
     webhook = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Webhook)
     threading.Thread(target=webhook.serve_forever, daemon=True).start()
 
@@ -349,14 +336,6 @@ def at_home(program: Path) -> list[str | Path]:
     return [*alone, "sh", "-c", 'mount --bind "$0" /usr/share && exec "$@"', share, program]
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
 def shortened(rules: str) -> str:
     """The rules with the windows and delays of `SHORTER`."""
     for long, short in SHORTER.items():
@@ -372,7 +351,7 @@ def regularized(watched: Watched) -> Watched:
     def measured() -> bool:
         assert watched.job.poll() is None, watched.job.communicate()
         return bool(
-            watched.query("infomcr_overhead_ratio > 0 and infomcr_gamma_hat and infomcr_epochs_completed > 40")
+            watched.query("infomcr_overhead_ratio > 0 and infomcr_gamma_hat and infomcr_epochs_completed > 20")
             and watched.query("job:infomcr_regularized_step_overhead:ratio_5m > 0")
         )
 
@@ -473,7 +452,7 @@ def test_a_pushgateway_keeps_the_results_of_a_finished_run(
     tmp_path: Path, small_data: Path, debian_program: Callable[[str, str], Path], promtool: Path
 ) -> None:
     program = debian_program("prometheus-pushgateway", "prometheus-pushgateway")
-    (port,) = free_ports(1)
+    port = free_ports()
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("DATA", str(small_data)))
     settings = ["model=resnet20", "epochs=2", "schedule.milestones=[1]", "run_dir=run", "telemetry.port=null"]
     with server([*at_home(program), f"--web.listen-address=127.0.0.1:{port}"], port, tmp_path):

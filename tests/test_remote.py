@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from data_sets import jpeg, make_data_set
 from remote_server import Server, served
 from test_external import write_tar
 
+from benchmarks.chaos import free_ports
 from pipelines import Dataset, LoaderConfig, Sampler, evaluation_batches, open_dataset, open_loader
 from pipelines.format import remote
 from pipelines.format.dataset import INDEX
@@ -192,9 +192,7 @@ def test_what_lasts_is_one_line_that_names_the_shard(
 
 def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_PATIENCE_SECONDS", 0.05)
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        place = f"127.0.0.1:{unused.getsockname()[1]}"
+    place = f"127.0.0.1:{free_ports()}"
     for url in (f"http://user:secret@{place}/data", f"http://user:secret@{place}/0.tar?key=secret"):
         with pytest.raises(ValueError, match=rf"http://…@{place}/.* cannot be read \(tries: \d+, the last: ") as error:
             open_dataset(url)

@@ -19,6 +19,7 @@ import torch
 from conftest import ROOT
 from data_sets import Touch
 
+from benchmarks.chaos import free_ports
 from infomcr_dist import checkpoint, measure
 from infomcr_dist.config import Config
 from pipelines.options import from_dict, load, to_dict
@@ -171,8 +172,7 @@ class Watched:
 @pytest.fixture(scope="module")
 def watched(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Watched:
     folder = tmp_path_factory.mktemp("watched")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_ports()
     settings = [f"data.path={small_data}", "data.backend=torch", "data.batch_size=32", "model=cnn", "epochs=100000",
                 "schedule.kind=constant", "metric.trials=0", f"telemetry.port={port}", "run_dir=run",
                 "regularizer.when=never", "evaluation.every_epochs=0"]  # fmt: skip

@@ -13,17 +13,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from conftest import ENGINES, needs_horovod
+from conftest import ENGINES, ROOT, WORKERS, needs_horovod
 
+from benchmarks.chaos import free_ports
 from infomcr_dist import checkpoint
 from infomcr_dist.records import FILE, StepRecord, read_records
 
-SCRIPT = Path(__file__).parent.parent / "launch" / "slurm.sbatch"
+SCRIPT = ROOT / "launch" / "slurm.sbatch"
 RECIPE = """
-model: resnet20
-epochs: 24
+model: plain_net:build_slow
+epochs: 20
 data: {path: DATA, global_batch_size: 60}
-schedule: {milestones: [12]}
+schedule: {milestones: [10]}
 regularizer: {sub_batch_size: 10}
 metric: {trials: 0}
 telemetry: {port: null}
@@ -68,7 +69,7 @@ def submit(project: Path, *settings: str, engine: str = "horovod") -> subprocess
     """Run the script as the node would that Slurm starts it on."""
     variables = {
         "PATH": f"{project / 'slurm'}:{os.environ['PATH']}",
-        "PYTHONPATH": str(SCRIPT.parent.parent),
+        "PYTHONPATH": f"{WORKERS}:{ROOT}",
         "ENGINE": engine,
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "node[1-2]",
@@ -133,7 +134,7 @@ def test_a_job_that_was_saved_and_not_cancelled_is_queued_again(project: Path, e
         assert job.returncode == code, output
         assert checkpoint.load_newest(project / "run", pytest.fail)[1]["step"] == steps(project)[-1], output
         assert requested(project) == requests, output
-    assert steps(project) == list(range(1, 24 * STEPS + 1))
+    assert steps(project) == list(range(1, 20 * STEPS + 1))
 
 
 @needs_horovod
@@ -179,8 +180,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         folder.chmod(0o755)
         conf = SLURM_CONF.replace("FOLDER", str(folder)).replace("HOST", socket.gethostname().partition(".")[0])
         for name in ("PORT0", "PORT1"):
-            with socket.create_server(("127.0.0.1", 0)) as server:
-                conf = conf.replace(name, str(server.getsockname()[1]))
+            conf = conf.replace(name, str(free_ports()))
         (folder / "slurm.conf").write_text(conf)
         (folder / "spool").mkdir()
         (folder / "key").write_bytes(os.urandom(128))
@@ -220,7 +220,7 @@ def state(job: str) -> dict[str, str]:
 @pytest.mark.ops
 def test_slurm_itself_queues_the_job_again(project: Path, slurm: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
-    monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parent.parent))
+    monkeypatch.setenv("PYTHONPATH", f"{WORKERS}:{ROOT}")
     here = ["--parsable", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1", "--output=output"]
     command = ["sbatch", *here, str(SCRIPT), "recipe.yaml", "run_dir=run"]
 
@@ -230,10 +230,10 @@ def test_slurm_itself_queues_the_job_again(project: Path, slurm: None, monkeypat
 
     wait_until(lambda: state(job)["JobState"] == "COMPLETED")
     assert state(job)["Restarts"] == "1"
-    assert steps(project) == list(range(1, 24 * STEPS + 1)), (project / "output").read_text()
+    assert steps(project) == list(range(1, 20 * STEPS + 1)), (project / "output").read_text()
 
     other = ask(*command, "epochs=400").strip()
-    wait_until(lambda: len(steps(project)) > 24 * STEPS + 3)
+    wait_until(lambda: len(steps(project)) > 20 * STEPS + 3)
     ask("scancel", other)
     wait_until(lambda: not ask("squeue", "--noheader"))
     assert (state(other)["JobState"], state(other)["Restarts"]) == ("CANCELLED", "0")

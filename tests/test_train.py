@@ -20,6 +20,7 @@ import torch
 from conftest import ENGINES, WORKERS, launch, of_engine
 from torch import nn
 
+from benchmarks.chaos import free_ports
 from infomcr_dist import checkpoint
 from infomcr_dist.config import Config
 from infomcr_dist.experiment import measured_images, plan_steps, select_splits
@@ -56,19 +57,6 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return state["model"] | optimizer | {f"average {name}": v for name, v in (state["average"] or {}).items()}
 
 
-def free_port() -> int:
-    """The first of two neighbouring free ports."""
-    for port in range(20000, 30000, 2):
-        with socket.socket() as a, socket.socket() as b:
-            try:
-                a.bind(("127.0.0.1", port))
-                b.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return port
-    raise AssertionError("no free port")
-
-
 def history(run: Path) -> list[tuple[Any, ...]]:
     """What the records say, without times."""
     kinds = {"step": ("loss", "penalty", "gradient_norm"), "evaluation": ("split", "loss"), "epoch": ("training_loss",)}
@@ -102,7 +90,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
 @pytest.fixture(scope="module")
 def job(folder: Path) -> dict[str, Any]:
     """One run on two workers, scraped all along."""
-    port = free_port()
+    port = free_ports(2)
     scraper = Scraper([port, port + 1])
     scraper.start()
     command = [sys.executable, "-m", "infomcr_dist.train", "recipe.yaml", "run_dir=first", f"telemetry.port={port}"]
@@ -326,7 +314,7 @@ def test_a_recipe_that_does_not_exist(here: Path, capsys: pytest.CaptureFixture[
 
 def test_a_port_in_use(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Perhaps by a worker of a lost launcher, which ends soon: try again."""
-    port = free_port()
+    port = free_ports()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", port))
         taken.listen()

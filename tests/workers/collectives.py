@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,17 @@ def distributed_gradient(world: World, estimator: str, sent: list[str], norm: bo
     return result
 
 
+def busy_seconds(world: World) -> float:
+    """Of processor time in the main thread, while the last rank is half a second late for an allreduce."""
+    norm = nn.BatchNorm1d(3)
+    world.barrier()
+    if world.rank == world.size - 1:
+        time.sleep(0.5)
+    before = time.thread_time()
+    world.average_buffers(norm)
+    return time.thread_time() - before
+
+
 def main(output: Path) -> None:
     torch.set_num_threads(1)
     world = connect()
@@ -177,6 +189,7 @@ def main(output: Path) -> None:
     world.average_buffers(norm)
     report["running mean"] = norm.running_mean.tolist()
     report["batches tracked"] = int(norm.num_batches_tracked)  # type: ignore[arg-type]
+    report["busy seconds"] = busy_seconds(world)
     report["sum"] = world.sum([world.rank + 1, 0.5])
     report["broadcast"] = world.broadcast({"rank": world.rank})
     try:

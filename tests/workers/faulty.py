@@ -25,9 +25,8 @@ STEP = 13
 """The step a fault hits, counted from 0: a regularized one, with 5 steps an epoch and a drop after 2 epochs"""
 
 
-def at(moment: str, strike: Callable[[], None]) -> None:
-    """Arrange for a fault to strike once, at a moment of the run."""
-    steps = 0
+def at(moment: str, steps: int, strike: Callable[[], None]) -> None:
+    """Arrange for a fault to strike once, at a moment of a run that has taken so many steps."""
     struck = False
 
     def once() -> None:
@@ -191,20 +190,25 @@ def one_batch_fewer() -> None:
     Sampler.local_batches = fewer  # type: ignore[method-assign]
 
 
+def saved_steps(arguments: list[str]) -> int:
+    """The steps of the checkpoint that the run resumes from."""
+    run = next(Path(a.removeprefix("run_dir=")) for a in arguments if a.startswith("run_dir="))
+    newest = checkpoint.newest_first(run / "checkpoints")[:1]
+    return int(newest[0].name.split("-")[1]) if newest else 0
+
+
 def main() -> int:
     fault, moment, rank, *arguments = sys.argv[1:]
     first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     if fault != "none" and int(rank) == launched_rank(os.environ) and first_life:
         if fault.startswith("SIG"):
             signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
-            at(
-                moment,
-                partial(strike_with, getattr(signal, fault), written="evaluation" in moment or "metric" in moment),
-            )
+            written = "evaluation" in moment or "metric" in moment
+            at(moment, saved_steps(arguments), partial(strike_with, getattr(signal, fault), written=written))
         elif moment == "start":
             globals()[fault]()
         else:
-            at(moment, globals()[fault])
+            at(moment, saved_steps(arguments), globals()[fault])
     return train.main(arguments)
 
 
