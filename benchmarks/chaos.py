@@ -344,8 +344,8 @@ def make_disk(path: Path) -> bool:
 def free_ports(count: int = 1) -> int:
     """The first of so many free ports in a row.
 
-    They are below those that Linux gives to connections, one of which could take a port before its server does, and at
-    random, for processes that look at the same time.
+    They lie below the ports that Linux gives to connections, so none of those takes one first. They are drawn at
+    random, because other processes may look at the same time.
     """
     while True:
         first = random.SystemRandom().randrange(10_000, 32_768 - count)

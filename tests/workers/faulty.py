@@ -1,7 +1,7 @@
 """The trainer, with one fault in one worker: ``python faulty.py FAULT MOMENT RANK RECIPE key=value …``.
 
-FAULT: the name of a signal this process sends itself, or a function below. MOMENT: where in the run. A run that is
-resumed is given no fault: the first argument is then ``none``; workers that torchrun restarts have none.
+FAULT: the name of a signal this process sends itself, or a function below; ``none``: no fault. MOMENT: where in the
+run, which may be a resumed one. Workers that torchrun restarts have no fault.
 """
 
 import math

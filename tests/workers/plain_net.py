@@ -28,7 +28,7 @@ def build_with_norm(classes: int, image_size: int) -> nn.Module:
 
 
 def build_large(classes: int, image_size: int) -> nn.Module:
-    """50,000 weights for images of 16 × 16, and steps as short."""
+    """50,000 weights for images of 16 × 16, in steps as short as those of `build`."""
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, 64), nn.SiLU(), nn.Linear(64, classes))
 
 
