@@ -279,7 +279,8 @@ def watched(
     """A run that lasts until the end of the tests, scraped every second; `Webhook` receives its alerts."""
     programs = [debian_program(name, name) for name in ("prometheus", "prometheus-alertmanager")]
     folder = tmp_path_factory.mktemp("watched")
-    training, prometheus, alertmanager = free_ports(2), free_ports(), free_ports()
+    training = free_ports(4)  # of two workers, then of the servers
+    prometheus, alertmanager = training + 2, training + 3
     webhook = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Webhook)
     threading.Thread(target=webhook.serve_forever, daemon=True).start()
 
